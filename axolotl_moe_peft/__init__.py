@@ -1,0 +1,30 @@
+"""Routed adapters for mixture-of-experts models, as PEFT methods and as an Axolotl plugin.
+
+Importing the package registers its methods with PEFT. It imports neither axolotl nor trl: `MoePeftPlugin`, the Axolotl
+plugin, is resolved when it is asked for.
+"""
+
+from typing import Any
+
+from .versions import check_version
+
+check_version("transformers")
+check_version("peft")
+
+from .registration import add_peft_type, register  # noqa: E402
+
+add_peft_type("PERFT")
+
+from .perft import PerftConfig, PerftModel  # noqa: E402
+
+register("perft", PerftConfig, PerftModel)
+
+__all__ = ["MoePeftPlugin", "PerftConfig", "PerftModel"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "MoePeftPlugin":
+        from .plugin import MoePeftPlugin
+
+        return MoePeftPlugin
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,176 @@
+"""Auxiliary losses that live inside the layers, and what was measured of the routers.
+
+A router loss cannot simply be added to `outputs.loss`: under reentrant gradient checkpointing (Axolotl's default) the
+logits of the forward pass have no graph, and a plain Trainer or TRL would not know about it. So its gradient enters
+where the logits are computed: `add_auxiliary_loss` is the identity on a tensor of the layer, and its backward hands
+the loss the gradient that it would have had as a summand of the main loss.
+
+That gradient is what arrives at `outputs.loss` in backward (1 / gradient_accumulation_steps, the fp16 scaler's
+factor, ...). A tensor hook on the loss reads it, and runs before the backward of any layer of that forward pass, so
+that layers which checkpointing recomputes in backward also find the token mask and the scale of their own pass.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .batches import IGNORE_INDEX, real_token_mask
+from .routing import usage_figures
+
+
+@dataclass
+class ForwardPass:
+    """What the layers need to know about one forward pass of the model in training mode.
+
+    Attributes:
+        token_mask: bool (B, S), true for real tokens; None counts every token.
+        share: the micro-batch's share of the accumulated batch where the trainer divides by the number of tokens of
+            all its micro-batches (`num_items_in_batch`), else 1.
+        scale: gradient of the objective with respect to this pass's auxiliary losses. Set in backward.
+        running: false once the model has returned; layers called later are recomputed by checkpointing.
+    """
+
+    token_mask: Tensor | None
+    share: Tensor | float
+    scale: Tensor | float
+    running: bool = True
+
+
+class _AddAuxiliaryLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor, forward_pass: ForwardPass) -> Tensor:
+        ctx.forward_pass, ctx.dtype, ctx.device = forward_pass, loss.dtype, loss.device
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor, Tensor, None]:
+        scale = ctx.forward_pass.scale
+        if not isinstance(scale, Tensor):
+            scale = torch.full((), scale)
+        return grad_x, scale.to(dtype=ctx.dtype, device=ctx.device), None
+
+
+def add_auxiliary_loss(x: Tensor, loss: Tensor, forward_pass: ForwardPass) -> Tensor:
+    """Return `x` unchanged; in backward, `loss` (0-dim) receives `forward_pass.scale` as its gradient.
+
+    `x` must be on the way to the main loss, or backward never comes by.
+    """
+    return _AddAuxiliaryLoss.apply(x, loss, forward_pass)
+
+
+class RouterStatistics:
+    """Sums over layers and micro-batches since they were last read; nothing is copied to the host before that."""
+
+    def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
+        self._totals: dict[str, Tensor] = {}
+        self._records: dict[str, int] = defaultdict(int)
+        self._counts: dict[str, Tensor] = {}
+
+    def record_loss(self, name: str, value: Tensor) -> None:
+        """Add one layer's loss (0-dim) of one micro-batch to the mean of `name`."""
+        value = value.detach()
+        self._totals[name] = self._totals[name] + value if name in self._totals else value
+        self._records[name] += 1
+
+    def record_usage(self, layer: str, counts_N: Tensor) -> None:
+        """Add one layer's choices per expert, (N,), of one micro-batch."""
+        self._counts[layer] = self._counts[layer] + counts_N if layer in self._counts else counts_N
+
+    def pop(self, reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> dict[str, float]:
+        """Read the figures and start anew.
+
+        Args:
+            reduce: sums a tensor over the processes of a distributed run (every process must call).
+
+        Returns:
+            The losses' means over layers, micro-batches and processes, and `usage_figures` if anything was routed.
+        """
+        figures = {}
+        for name, total in self._totals.items():
+            total_and_records = reduce(
+                torch.stack([total.float(), torch.full_like(total, self._records[name]).float()])
+            )
+            figures[name] = (total_and_records[0] / total_and_records[1]).item()
+        if self._counts:
+            sizes = {counts.numel() for counts in self._counts.values()}
+            per_size = [
+                usage_figures(reduce(torch.stack([c for c in self._counts.values() if c.numel() == n])).cpu())
+                for n in sorted(sizes)
+            ]
+            figures |= {key: sum(f[key] for f in per_size) / len(per_size) for key in per_size[0]}
+        self._reset()
+        return figures
+
+
+class AuxiliaryLosses:
+    """Follows a model's forward passes on behalf of the adapter layers that share this object.
+
+    Attributes:
+        current: the pass that runs, or whose backward runs; None outside training.
+        statistics: what the layers recorded of the passes in training mode.
+        loss_scale: the scale for losses that are computed outside the model (no `labels` in the call), where the
+            model cannot see it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.current: ForwardPass | None = None
+        self.statistics = RouterStatistics()
+        self.loss_scale = 1.0
+        self._handles = [
+            model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            model.register_forward_hook(self._after_forward, with_kwargs=True),
+        ]
+
+    def detach(self) -> None:
+        """Stop following the model."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not model.training:
+            self.current = None
+            return
+        batch = dict(zip(inspect.signature(model.forward).parameters, args)) | kwargs
+        self.current = ForwardPass(
+            token_mask=real_token_mask(
+                *(batch.get(k) for k in ("input_ids", "attention_mask", "position_ids", "labels"))
+            ),
+            share=_share_of_accumulated_batch(batch),
+            scale=self.loss_scale,
+        )
+
+    def _after_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        forward_pass = self.current
+        if forward_pass is None:
+            return
+        forward_pass.running = False
+        if isinstance(output, tuple):  # return_dict=False
+            output = dict(zip(("loss", "logits") if kwargs.get("labels") is not None else ("logits",), output))
+        for name in ("loss", "logits", "last_hidden_state"):
+            tensor = output.get(name)
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(partial(self._enter_backward, forward_pass, is_loss=name == "loss"))
+
+    def _enter_backward(self, forward_pass: ForwardPass, gradient: Tensor, is_loss: bool) -> None:
+        self.current = forward_pass
+        if is_loss:
+            forward_pass.scale = gradient * forward_pass.share
+
+
+def _share_of_accumulated_batch(batch: dict[str, Any]) -> Tensor | float:
+    num_items_in_batch = batch.get("num_items_in_batch")
+    if num_items_in_batch is None:
+        return 1.0
+    labels = batch["shift_labels"] if batch.get("shift_labels") is not None else batch["labels"][..., 1:]
+    return (labels != IGNORE_INDEX).sum() / num_items_in_batch

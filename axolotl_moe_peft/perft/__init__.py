@@ -1,0 +1,5 @@
+from .config import PerftConfig
+from .layer import PerftLayer
+from .model import PerftModel
+
+__all__ = ["PerftConfig", "PerftLayer", "PerftModel"]

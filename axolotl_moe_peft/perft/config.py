@@ -1,0 +1,153 @@
+"""PerftConfig: what the `perft:` block of an Axolotl YAML and `adapter_config.json` hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from peft import PeftConfig
+from peft.utils import PeftType
+from transformers.activations import ACT2FN
+
+_CHOICES = {
+    "variant": ("routed", "embedded", "dense", "single"),
+    "expert_type": ("lora", "parallel_adapter"),
+    "gate_weights": ("own", "base"),
+    "init": ("zero", "paper"),
+}
+
+
+@dataclass
+class PerftConfig(PeftConfig):
+    """Configuration of PERFT (arXiv 2411.08212): adapters in parallel with the experts of an MoE block.
+
+    The four variants are the paper's PERFT-R (`routed`), PERFT-E (`embedded`), PERFT-D (`dense`) and PERFT-S
+    (`single`). Every field is a key of the `perft:` block with the same name and default.
+
+    Raises:
+        ValueError: a value is out of range, or a key is given where it means nothing.
+    """
+
+    variant: Literal["routed", "embedded", "dense", "single"] = field(
+        default="routed",
+        metadata={
+            "help": "routed: an own router over N adapters; embedded: one adapter inside each base expert, weighted "
+            "by the frozen base router; dense: N always-on adapters, summed; single: one always-on adapter."
+        },
+    )
+    num_experts: int | None = field(
+        default=None, metadata={"help": "N, the number of adapters a block. routed and dense only; default 4."}
+    )
+    num_experts_per_tok: int | None = field(
+        default=None, metadata={"help": "K, the adapters that a token is routed to. routed only; default 2."}
+    )
+    expert_type: Literal["lora", "parallel_adapter"] = field(
+        default="lora",
+        metadata={"help": "lora: (alpha / rank) up(down(x)); parallel_adapter: up(hidden_act(down(x)))."},
+    )
+    rank: int = field(default=16, metadata={"help": "Width of the bottleneck."})
+    alpha: float = field(default=32, metadata={"help": "LoRA's scale is alpha / rank. lora only."})
+    dropout: float = field(
+        default=0.0,
+        metadata={"help": "On a LoRA's input, on a parallel adapter's bottleneck before the activation."},
+    )
+    hidden_act: str = field(
+        default="silu", metadata={"help": "Activation, a name of transformers' ACT2FN. parallel_adapter only."}
+    )
+    norm_topk_prob: bool | None = field(
+        default=None,
+        metadata={"help": "Let the K weights sum to one. routed only; null does what the base model does."},
+    )
+    gate_weights: Literal["own", "base"] = field(
+        default="own",
+        metadata={
+            "help": "routed only. own: the adapter router's weights, as in the paper; base: the base router's weights "
+            "by rank, as the authors' released OLMoE code computes."
+        },
+    )
+    init: Literal["zero", "paper"] = field(
+        default="zero",
+        metadata={
+            "help": "zero: up-projections 0, step 0 equals the base exactly; paper: the authors' initialisation."
+        },
+    )
+    router_aux_loss_coef: float = field(
+        default=0.01, metadata={"help": "Load-balancing loss of the adapters' own router. routed only."}
+    )
+    router_z_loss_coef: float = field(
+        default=0.0, metadata={"help": "z-loss of the adapters' own router. routed only."}
+    )
+    base_router_aux_loss_coef: float = field(
+        default=0.0,
+        metadata={
+            "help": "Load-balancing loss of the frozen base router: it moves the adapters of earlier layers. The "
+            "authors use 0.01 (OLMoE) and 0.02 (Mixtral)."
+        },
+    )
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "MoE blocks: names, suffixes of names, or one regular expression. null: every MoE block."},
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the decoder layers whose MoE block is adapted. null: all."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.PERFT
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"perft.{name}: {getattr(self, name)!r} is not known; use one of {', '.join(choices)}."
+                )
+        self._resolve_expert_counts()
+        self._check_ranges()
+        if self.variant != "routed" and self.norm_topk_prob is not None:
+            raise ValueError(f"perft.norm_topk_prob: {self._no_own_router()} Leave the key out.")
+        if self.variant != "routed" and self.gate_weights == "base":
+            raise ValueError(f"perft.gate_weights: {self._no_own_router()} Leave the key out.")
+
+    def _no_own_router(self) -> str:
+        return f"variant {self.variant} has no router of its own, so the key means nothing."
+
+    def _resolve_expert_counts(self) -> None:
+        used = {"routed": ("num_experts", "num_experts_per_tok"), "dense": ("num_experts",)}.get(self.variant, ())
+        for name, default in (("num_experts", 4), ("num_experts_per_tok", 2)):
+            value = getattr(self, name)
+            if name not in used:
+                if value is not None:
+                    why = {
+                        "dense": "every adapter is always on",
+                        "single": "there is one adapter, always on",
+                        "embedded": "there is one adapter for each base expert, chosen by the base router",
+                    }[self.variant]
+                    raise ValueError(
+                        f"perft.{name}: {value} means nothing with variant {self.variant}: {why}. Leave it out."
+                    )
+            elif value is None:
+                setattr(self, name, default)
+            elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"perft.{name}: {value!r} is not allowed; it is an integer of at least 1.")
+        if self.variant == "routed" and self.num_experts_per_tok > self.num_experts:
+            raise ValueError(
+                f"perft.num_experts_per_tok: {self.num_experts_per_tok} is more than num_experts "
+                f"({self.num_experts}); a token cannot be routed to more adapters than there are."
+            )
+
+    def _check_ranges(self) -> None:
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise ValueError(f"perft.rank: {self.rank!r} is not allowed; it is an integer of at least 1.")
+        if not self.alpha > 0:
+            raise ValueError(f"perft.alpha: {self.alpha!r} is not allowed; it is a number above 0.")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"perft.dropout: {self.dropout!r} is not allowed; it is a number from 0 to below 1.")
+        for name in ("router_aux_loss_coef", "router_z_loss_coef", "base_router_aux_loss_coef"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(
+                    f"perft.{name}: {getattr(self, name)!r} is not allowed; it is a number of at least 0."
+                )
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(
+                f"perft.hidden_act: {self.hidden_act!r} is not known; use one of transformers' activations: "
+                f"{', '.join(sorted(ACT2FN))}."
+            )

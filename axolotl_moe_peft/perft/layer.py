@@ -1,0 +1,258 @@
+"""PerftLayer: an MoE block with adapters in parallel with its experts.
+
+Shape suffixes: T tokens (batch and sequence flattened), D model width, N adapters, K adapters per token, S = T * K
+slots (see dispatch.py), R rank. E, k: the base block's experts and experts per token.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from ..auxiliary import AuxiliaryLosses, ForwardPass, add_auxiliary_loss
+from ..routing import expert_counts, load_balancing_loss, router_z_loss, top_k_routing
+from .config import PerftConfig
+from .dispatch import dispatch, gather_mm, pad_rank, scatter_mm
+from .moe_blocks import MoeBlock, base_routing
+
+# The authors leave the routers at transformers' `initializer_range`, and zero the up-projections almost.
+_ROUTER_STD = 0.02
+_PAPER_UP_STD = 1e-6
+
+
+class PerftLayer(nn.Module, BaseTunerLayer):
+    """Wraps an MoE block; its base router and experts stay as they are and are only called.
+
+    Adapter parameters, by adapter name, in float32:
+        perft_down (N, R, D), perft_up (N, D, R), and for variant `routed` perft_router (N, D).
+
+    Args:
+        block: the MoE block to wrap.
+        hidden_size: D.
+        auxiliary: the model's auxiliary losses, shared by all its layers.
+    """
+
+    adapter_layer_names = ("perft_down", "perft_up", "perft_router")
+    other_param_names = ("perft_config", "norm_topk_prob", "num_active_experts", "num_layers")
+
+    def __init__(self, block: MoeBlock, hidden_size: int, auxiliary: AuxiliaryLosses) -> None:
+        super().__init__()
+        self.base_layer = block.module
+        self.name = block.name
+        self.hidden_size = hidden_size
+        self.auxiliary = auxiliary
+        self.perft_down = nn.ParameterDict()
+        self.perft_up = nn.ParameterDict()
+        self.perft_router = nn.ParameterDict()
+        self.perft_config: dict[str, PerftConfig] = {}
+        self.norm_topk_prob: dict[str, bool] = {}
+        self.num_active_experts: dict[str, int] = {}
+        self.num_layers: dict[str, int] = {}
+        self._base_routing: tuple[Tensor, Tensor, Tensor] | None = None
+        self._handles = [
+            block.router.register_forward_hook(self._note_base_routing),
+            block.experts.register_forward_hook(self._add_embedded),
+        ]
+
+    def update_layer(self, adapter_name: str, config: PerftConfig, block: MoeBlock, norm_topk_prob: bool) -> None:
+        """Add an adapter of this configuration and initialise it.
+
+        Raises:
+            ValueError: the base block cannot carry the variant.
+        """
+        num_experts, num_active = config.num_experts or 1, config.num_experts_per_tok or config.num_experts or 1
+        if config.variant == "embedded" or config.gate_weights == "base":
+            num_base_experts, base_top_k = block.base_routing_shape(self.hidden_size)
+            if config.variant == "embedded":
+                num_experts, num_active = num_base_experts, base_top_k
+            elif num_active > base_top_k:
+                raise ValueError(
+                    f"perft.gate_weights: base lends each token the base router's {base_top_k} weights, but "
+                    f"num_experts_per_tok is {num_active}. Use at most {base_top_k}, or "
+                    "`gate_weights: own`."
+                )
+        device = next(self.base_layer.parameters()).device
+        shape = {"dtype": torch.float32, "device": device}
+        self.perft_down[adapter_name] = nn.Parameter(torch.empty(num_experts, config.rank, self.hidden_size, **shape))
+        self.perft_up[adapter_name] = nn.Parameter(torch.empty(num_experts, self.hidden_size, config.rank, **shape))
+        if config.variant == "routed":
+            self.perft_router[adapter_name] = nn.Parameter(torch.empty(num_experts, self.hidden_size, **shape))
+        self.perft_config[adapter_name] = config
+        self.num_active_experts[adapter_name] = num_active
+        self.norm_topk_prob[adapter_name] = norm_topk_prob if config.norm_topk_prob is None else config.norm_topk_prob
+        self.reset_parameters(adapter_name)
+        self.set_adapter(self.active_adapters)
+
+    @torch.no_grad()
+    def reset_parameters(self, adapter_name: str) -> None:
+        """Initialise as `config.init` says: LoRA's own (up-projections 0), or the authors' code."""
+        config = self.perft_config[adapter_name]
+        down_NRD, up_NDR = self.perft_down[adapter_name], self.perft_up[adapter_name]
+        if config.init == "zero":
+            bound = 1 / math.sqrt(self.hidden_size)
+            nn.init.uniform_(down_NRD, -bound, bound)
+            nn.init.zeros_(up_NDR)
+        else:
+            nn.init.normal_(down_NRD, std=math.sqrt(2 / config.rank))
+            nn.init.normal_(up_NDR, std=_PAPER_UP_STD)
+        if config.variant == "routed":
+            nn.init.normal_(self.perft_router[adapter_name], std=_ROUTER_STD)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Call the base block and add what the active adapters compute from the same hidden states (..., D).
+
+        Returns:
+            What the base block returns, with the adapters in its (first) output.
+        """
+        output = self.base_layer(hidden_states, *args, **kwargs)
+        routing, self._base_routing = self._base_routing, None
+        if self.disable_adapters:
+            return output
+        out, *rest = output if isinstance(output, tuple) else (output,)
+        for adapter_name in self._active():
+            out = self._adapt(adapter_name, hidden_states, out, routing)
+        return (out, *rest) if isinstance(output, tuple) else out
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Give the base block back as it was. Merging is refused earlier, by PerftModel."""
+        for handle in self._handles:
+            handle.remove()
+        return self.base_layer
+
+    def _active(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.perft_down]
+
+    def _adapt(
+        self, adapter_name: str, hidden_states: Tensor, out: Tensor, routing: tuple[Tensor, Tensor, Tensor] | None
+    ) -> Tensor:
+        config = self.perft_config[adapter_name]
+        x_TD = hidden_states.reshape(-1, self.hidden_size)
+        forward_pass = self.auxiliary.current if self.training else None
+        losses = []
+        if config.variant == "routed":
+            logits_TN = self._router_logits(adapter_name, x_TD)
+            weights_TK, indices_TK = top_k_routing(
+                logits_TN, config.num_experts_per_tok, self.norm_topk_prob[adapter_name]
+            )
+            if forward_pass is not None:
+                losses += self._router_losses(config, forward_pass, logits_TN, indices_TK)
+            if config.gate_weights == "base":
+                weights_TK = routing[1][:, : config.num_experts_per_tok]
+            out = out + self._routed_units(adapter_name, x_TD, weights_TK, indices_TK).view(out.shape).to(out.dtype)
+        elif config.variant != "embedded":
+            out = out + self._dense_units(adapter_name, x_TD).view(out.shape).to(out.dtype)
+        if forward_pass is not None and config.base_router_aux_loss_coef:
+            losses.append(self._base_router_loss(config, forward_pass, routing))
+        if losses:
+            out = add_auxiliary_loss(out, sum(losses) / self.num_layers[adapter_name], forward_pass)
+        return out
+
+    def _router_logits(self, adapter_name: str, x_TD: Tensor) -> Tensor:
+        # float32 throughout: in bf16 a router at the usual learning rates hardly moves, and near ties flip
+        with torch.autocast(x_TD.device.type, enabled=False):
+            return F.linear(x_TD.float(), self.perft_router[adapter_name].float())
+
+    def _router_losses(
+        self, config: PerftConfig, forward_pass: ForwardPass, logits_TN: Tensor, indices_TK: Tensor
+    ) -> list[Tensor]:
+        mask_T = _flat_mask(forward_pass, len(logits_TN))
+        statistics = self.auxiliary.statistics if forward_pass.running else None
+        if statistics is not None:
+            statistics.record_usage(self.name, expert_counts(indices_TK, config.num_experts, mask_T))
+        losses = []
+        if config.router_aux_loss_coef:
+            loss = load_balancing_loss([logits_TN], config.num_experts_per_tok, mask_T)
+            losses.append(_weigh(loss, config.router_aux_loss_coef, "router_aux_loss", statistics))
+        if config.router_z_loss_coef:
+            loss = router_z_loss(logits_TN, mask_T)
+            losses.append(_weigh(loss, config.router_z_loss_coef, "router_z_loss", statistics))
+        return losses
+
+    def _base_router_loss(
+        self, config: PerftConfig, forward_pass: ForwardPass, routing: tuple[Tensor, Tensor, Tensor]
+    ) -> Tensor:
+        logits_TE, weights_TK, _ = routing
+        loss = load_balancing_loss([logits_TE], weights_TK.shape[-1], _flat_mask(forward_pass, len(logits_TE)))
+        statistics = self.auxiliary.statistics if forward_pass.running else None
+        return _weigh(loss, config.base_router_aux_loss_coef, "base_router_aux_loss", statistics)
+
+    def _routed_units(self, adapter_name: str, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
+        """Sum over each token's K adapters of weight * unit(x): (T, D)."""
+        config, dtype = self.perft_config[adapter_name], _compute_dtype(x_TD)
+        down_NRD = pad_rank(self.perft_down[adapter_name].to(dtype))
+        up_NRD = pad_rank(self.perft_up[adapter_name].to(dtype).transpose(1, 2))
+        slots = dispatch(indices_TK, len(down_NRD))
+        x, x_slots = x_TD.to(dtype), slots
+        if self._drops_input(config):
+            x = F.dropout(x[slots.token_S], config.dropout)  # each unit has its own mask
+            in_order = torch.arange(len(x), device=x.device)
+            x_slots = slots._replace(token_S=in_order, order_S=in_order)
+        z_SR = self._bottleneck(config, gather_mm(x, down_NRD, x_slots))
+        weights_S1 = weights_TK.flatten()[slots.order_S].unsqueeze(-1).to(dtype)
+        return scatter_mm(z_SR * weights_S1, up_NRD, slots, len(x_TD))
+
+    def _dense_units(self, adapter_name: str, x_TD: Tensor) -> Tensor:
+        """Sum over all N adapters of unit(x): (T, D)."""
+        config, dtype = self.perft_config[adapter_name], _compute_dtype(x_TD)
+        down_NRD, up_NDR = self.perft_down[adapter_name].to(dtype), self.perft_up[adapter_name].to(dtype)
+        x_TD = x_TD.to(dtype)
+        if self._drops_input(config):
+            x_NTD = F.dropout(x_TD.expand(len(down_NRD), *x_TD.shape), config.dropout)
+            z_NTR = self._bottleneck(config, x_NTD @ down_NRD.transpose(1, 2))
+            return (z_NTR @ up_NDR.transpose(1, 2)).sum(0)
+        # the units' bottlenecks side by side are one bottleneck of width N * R
+        z = self._bottleneck(config, F.linear(x_TD, down_NRD.flatten(0, 1)))
+        return F.linear(z, up_NDR.transpose(0, 1).flatten(1))
+
+    def _drops_input(self, config: PerftConfig) -> bool:
+        return self.training and config.dropout > 0 and config.expert_type == "lora"
+
+    def _bottleneck(self, config: PerftConfig, z: Tensor) -> Tensor:
+        if config.expert_type == "lora":
+            return z * (config.alpha / config.rank)
+        return ACT2FN[config.hidden_act](F.dropout(z, config.dropout, self.training))
+
+    def _note_base_routing(self, router: nn.Module, args: tuple, output: Any) -> None:
+        self._base_routing = base_routing(output)
+
+    def _add_embedded(self, experts: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        """Add the embedded adapters inside the call of the base experts, before whatever the block does next."""
+        if self.disable_adapters:
+            return output
+        hidden_states, indices_TK, weights_TK = args
+        for adapter_name in self._active():
+            if self.perft_config[adapter_name].variant == "embedded":
+                x_TD = hidden_states.reshape(-1, self.hidden_size)
+                delta_TD = self._routed_units(adapter_name, x_TD, weights_TK, indices_TK)
+                output = output + delta_TD.view(output.shape).to(output.dtype)
+        return output
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a matrix product with x, as autocast would have it for its own operations."""
+    device_type = x.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
+
+
+def _flat_mask(forward_pass: ForwardPass, num_tokens: int) -> Tensor | None:
+    mask = forward_pass.token_mask
+    if mask is not None and mask.numel() != num_tokens:
+        raise RuntimeError(
+            f"the router of an adapter sees {num_tokens} tokens, the model's batch has {mask.numel()}: router losses "
+            "do not work where a sequence is split inside the model (context or sequence parallelism)."
+        )
+    return None if mask is None else mask.flatten()
+
+
+def _weigh(loss: Tensor, coef: float, name: str, statistics: Any) -> Tensor:
+    if statistics is not None:
+        statistics.record_loss(name, loss)
+    return coef * loss

@@ -1,0 +1,134 @@
+"""PerftModel: attaches PERFT adapters to the MoE blocks of a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor, nn
+
+from ..auxiliary import AuxiliaryLosses
+from ..summary import ParameterRow, parameter_row
+from .config import PerftConfig
+from .layer import PerftLayer
+from .moe_blocks import MoeBlock, base_norm_topk_prob, select_moe_blocks
+
+
+class PerftModel(BaseTuner):
+    """PERFT: routed or always-on adapters in parallel with the experts of MoE blocks (arXiv 2411.08212).
+
+    Args:
+        model: a causal language model of transformers with MoE blocks.
+        config: a PerftConfig.
+        adapter_name: name of the adapter.
+
+    Attributes:
+        auxiliary: the router losses' context and statistics; `auxiliary.statistics.pop()` reads the figures since the
+            last read.
+
+    Raises:
+        ValueError: nothing in the model fits the configuration.
+    """
+
+    prefix = "perft_"
+    tuner_layer_cls = PerftLayer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # a call, not `.forward` as in BaseTuner: the auxiliary losses follow the model through its hooks
+        return self.model(*args, **kwargs)
+
+    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        self.auxiliary = AuxiliaryLosses(model)
+
+    def _prepare_adapter_config(self, peft_config: PerftConfig, model_config: dict) -> PerftConfig:
+        return peft_config
+
+    def _prepare_model(self, peft_config: PerftConfig, model: nn.Module) -> None:
+        blocks = select_moe_blocks(model, peft_config.target_modules, peft_config.layers_to_transform)
+        self._blocks: dict[str, MoeBlock] = {block.name: block for block in blocks}
+
+    def _check_target_module_exists(self, peft_config: PerftConfig, key: str) -> bool:
+        return key in self._blocks
+
+    def _create_and_replace(
+        self,
+        peft_config: PerftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        block = self._blocks[current_key]
+        layer = target
+        if not isinstance(target, PerftLayer):
+            layer = PerftLayer(block, self.model.config.get_text_config().hidden_size, self.auxiliary)
+            self._replace_module(parent, target_name, layer, target)
+        layer.update_layer(adapter_name, peft_config, block, base_norm_topk_prob(self.model))
+        layer.num_layers[adapter_name] = len(self._blocks)
+
+    def parameter_rows(self, adapter_name: str = "default") -> list[ParameterRow]:
+        """What is trainable in the model, by part: the adapter's experts and routers, and anything else (nothing)."""
+        experts, routers, activated = [], [], 0
+        for layer in self.model.modules():
+            if isinstance(layer, PerftLayer) and adapter_name in layer.perft_down:
+                down_NRD, up_NDR = layer.perft_down[adapter_name], layer.perft_up[adapter_name]
+                experts += [down_NRD, up_NDR]
+                per_expert = (down_NRD.numel() + up_NDR.numel()) // len(down_NRD)
+                activated += per_expert * layer.num_active_experts[adapter_name]
+                routers += [layer.perft_router[adapter_name]] if adapter_name in layer.perft_router else []
+        own = {id(p) for p in experts + routers}
+        other = [p for p in self.model.parameters() if p.requires_grad and id(p) not in own]
+        return [
+            parameter_row("experts", experts, activated),
+            parameter_row("router", routers),
+            parameter_row("other", other),
+        ]
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # BaseTuner's version copies `weight`, which an MoE block does not have
+        setattr(parent, child_name, new_module)
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError(
+            "PERFT adapters cannot be merged: they run in parallel with the MoE block, partly chosen per token, and "
+            "no weight of the base model computes that. Keep the adapter beside the base model "
+            "(PeftModel.from_pretrained(base, folder)); `unload()` gives the base model back."
+        )
+
+    def unload(self) -> nn.Module:
+        """Return the base model without any adapter or hook of ours."""
+        self.auxiliary.detach()
+        return super().unload()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Tensor],
+        prefix: str,
+        local_metadata: dict,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        # PEFT loads with strict=False and only warns; an adapter that is not all there must not pass for one
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        own = set(self.state_dict(prefix=prefix, keep_vars=True))
+        unexpected = sorted(set(state_dict) - own)
+        loaded = {key.rpartition(".")[2] for key in state_dict if self.prefix in key}
+        expected = {key for key in own if self.prefix in key and key.rpartition(".")[2] in loaded}
+        missing = sorted(expected - set(state_dict))
+        if not loaded:
+            error_msgs.append("no tensor of a PERFT adapter in it.")
+        if missing:
+            error_msgs.append(f"adapter tensors missing: {_enumerate(missing)}.")
+        if unexpected:
+            error_msgs.append(f"tensors that this adapter does not have: {_enumerate(unexpected)}.")
+
+
+def _enumerate(keys: list[str], most: int = 6) -> str:
+    return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
