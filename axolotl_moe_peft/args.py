@@ -102,14 +102,14 @@ class MoePeftArgs(BaseModel):
         for key in _QUANTISED:
             if data.get(key):
                 raise ValueError(
-                    f"`{key}` does not work with `adapter: {adapter}`: Axolotl quantises the base only for its own lora "
-                    "and qlora. Remove the key and load the base in bf16."
+                    f"`{key}` does not work with `adapter: {adapter}`: Axolotl quantises the base only for its own "
+                    "lora and qlora. Remove the key and load the base in bf16."
                 )
         if data.get("merge_lora"):
             raise ValueError(
                 f"`axolotl merge-lora` cannot merge an adapter of type {adapter}: it runs in parallel with the MoE "
                 "block, partly chosen per token, and no weight of the base model computes that. Nothing was written. "
-                "Keep the adapter beside the base (`axolotl inference --lora-model-dir ...`, PeftModel.from_pretrained)."
+                "Keep the adapter beside the base (`axolotl inference --lora-model-dir ...` or PEFT's from_pretrained)."
             )
         return data
 

@@ -59,6 +59,7 @@ class PerftLayer(nn.Module, BaseTunerLayer):
             block.router.register_forward_hook(self._note_base_routing),
             block.experts.register_forward_hook(self._add_embedded),
         ]
+        self.train(self.base_layer.training)
 
     def update_layer(self, adapter_name: str, config: PerftConfig, block: MoeBlock, norm_topk_prob: bool) -> None:
         """Add an adapter of this configuration and initialise it.
