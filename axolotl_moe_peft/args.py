@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -46,6 +47,8 @@ _MEANINGLESS = (
     "qlora_sharded_model_loading",
 )
 _QUANTISED = ("load_in_4bit", "load_in_8bit", "gptq", "quantize_moe_experts", "model_quantization_config")
+# What may differ between a saved adapter and the YAML that continues its training: it shapes training, not the model.
+_TRAINING_FIELDS = ("dropout", "init", "router_aux_loss_coef", "router_z_loss_coef", "base_router_aux_loss_coef")
 # Keys that one setting of the block makes meaningless: (key, setting, value of the setting with which it counts).
 _COUNTS_ONLY_WITH = {
     "perft": (
@@ -57,7 +60,7 @@ _COUNTS_ONLY_WITH = {
 }
 
 
-def _block_model(adapter: str, config_cls: type[PeftConfig]) -> type[BaseModel]:
+def _block_model(config_cls: type[PeftConfig]) -> type[BaseModel]:
     """A pydantic model with the fields that the method's PEFT config adds to PeftConfig's."""
     inherited = {f.name for f in dataclasses.fields(PeftConfig)}
     hints = get_type_hints(config_cls)
@@ -69,7 +72,7 @@ def _block_model(adapter: str, config_cls: type[PeftConfig]) -> type[BaseModel]:
     return create_model(f"{config_cls.__name__}Block", __config__=ConfigDict(extra="forbid"), **fields)
 
 
-PerftBlock = _block_model("perft", PerftConfig)
+PerftBlock = _block_model(PerftConfig)
 
 
 class MoePeftArgs(BaseModel):
@@ -109,7 +112,14 @@ class MoePeftArgs(BaseModel):
             raise ValueError(
                 f"`axolotl merge-lora` cannot merge an adapter of type {adapter}: it runs in parallel with the MoE "
                 "block, partly chosen per token, and no weight of the base model computes that. Nothing was written. "
-                "Keep the adapter beside the base (`axolotl inference --lora-model-dir ...` or PEFT's from_pretrained)."
+                "Keep the adapter beside the base: `axolotl inference --lora-model-dir ...`, PEFT's from_pretrained."
+            )
+        if data.get("inference") and not data.get(
+            "lora_model_dir"
+        ):  # not a field of the host's: gone after validation
+            raise ValueError(
+                f"`adapter: {adapter}` without `lora_model_dir` would run inference with an untrained adapter. Give "
+                "the trained one's folder: --lora-model-dir ./outputs/..."
             )
         return data
 
@@ -119,29 +129,55 @@ class MoePeftArgs(BaseModel):
         if adapter not in CONFIGS:
             return self
         block = getattr(self, adapter)
-        CONFIGS[adapter](**block.model_dump())
+        config = CONFIGS[adapter](**block.model_dump())
         for key, setting, value in _COUNTS_ONLY_WITH[adapter]:
             if key in block.model_fields_set and getattr(block, key) and getattr(block, setting) != value:
                 raise ValueError(
                     f"{adapter}.{key} means nothing with {setting}: {getattr(block, setting)}; remove it, or use "
                     f"{setting}: {value}."
                 )
-        self._check_lora_model_dir(adapter)
+        folder = getattr(self, "lora_model_dir", None)
+        if folder and not _could_be_on_the_hub(folder):  # else PEFT downloads it once the model is loaded
+            check_saved_adapter(config, folder)
         return self
 
-    def _check_lora_model_dir(self, adapter: str) -> None:
-        folder = getattr(self, "lora_model_dir", None)
-        if not folder:
-            if getattr(self, "inference", None):
-                raise ValueError(
-                    f"`adapter: {adapter}` without `lora_model_dir` would run inference with an untrained adapter. "
-                    "Give the trained one's folder: --lora-model-dir ./outputs/..."
-                )
-            return
-        looks_local = Path(folder).is_absolute() or folder.startswith(".") or folder.count("/") != 1
-        if Path(folder).is_dir() or looks_local:
-            for name in ("adapter_config.json", "adapter_model.safetensors"):
-                if not (Path(folder) / name).is_file():
-                    raise ValueError(
-                        f"lora_model_dir: {folder!r} holds no {name}; give the folder of a saved adapter."
-                    )
+
+def check_saved_adapter(config: PeftConfig, folder: str) -> None:
+    """Check that a saved adapter is what the YAML's block describes.
+
+    Args:
+        config: the block as a PEFT config.
+        folder: a local folder, or the id of a repository on the hub (downloaded by PEFT).
+
+    Raises:
+        ValueError: the folder is incomplete or unreadable, holds another method's adapter, or differs from the block
+            in more than what shapes training only.
+    """
+    path = Path(folder)
+    if not _could_be_on_the_hub(folder):
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            if not (path / name).is_file():
+                raise ValueError(f"lora_model_dir: {folder!r} holds no {name}; give the folder of a saved adapter.")
+    try:
+        saved = PeftConfig.from_pretrained(folder)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"lora_model_dir: the adapter_config.json of {folder!r} cannot be read: {error!r}."
+        ) from error
+    if saved.peft_type != config.peft_type:
+        raise ValueError(
+            f"lora_model_dir: {folder!r} holds an adapter of type {saved.peft_type.value}, the YAML asks for "
+            f"{config.peft_type.value}."
+        )
+    inherited = {f.name for f in dataclasses.fields(PeftConfig)}
+    for field in dataclasses.fields(config):
+        name, given, made_with = field.name, getattr(config, field.name), getattr(saved, field.name)
+        if name not in inherited and name not in _TRAINING_FIELDS and given != made_with:
+            raise ValueError(
+                f"the block says {name}: {given!r}, but the adapter in {folder!r} was made with {made_with!r}. Make "
+                "the block the same as the saved adapter_config.json."
+            )
+
+
+def _could_be_on_the_hub(folder: str) -> bool:
+    return not Path(folder).is_dir() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", folder) is not None

@@ -13,6 +13,7 @@ that layers which checkpointing recomputes in backward also find the token mask 
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,11 @@ from torch import Tensor, nn
 from .batches import IGNORE_INDEX, real_token_mask
 from .routing import usage_figures
 
+_UNKNOWN_SCALE = (
+    "The router losses of an adapter act, but the loss is computed outside the model: their scale cannot be read off "
+    "it and 1 is used. With gradient accumulation set `model.base_model.auxiliary.loss_scale = 1 / accumulation_steps`."
+)
+
 
 @dataclass
 class ForwardPass:
@@ -34,13 +40,14 @@ class ForwardPass:
         token_mask: bool (B, S), true for real tokens; None counts every token.
         share: the micro-batch's share of the accumulated batch where the trainer divides by the number of tokens of
             all its micro-batches (`num_items_in_batch`), else 1.
-        scale: gradient of the objective with respect to this pass's auxiliary losses. Set in backward.
+        scale: gradient of the objective with respect to this pass's auxiliary losses. Read off the loss in backward;
+            None as long as nothing tells it.
         running: false once the model has returned; layers called later are recomputed by checkpointing.
     """
 
     token_mask: Tensor | None
     share: Tensor | float
-    scale: Tensor | float
+    scale: Tensor | float | None
     running: bool = True
 
 
@@ -53,6 +60,9 @@ class _AddAuxiliaryLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor, Tensor, None]:
         scale = ctx.forward_pass.scale
+        if scale is None:
+            warnings.warn(_UNKNOWN_SCALE, stacklevel=2)
+            scale = ctx.forward_pass.scale = 1.0
         if not isinstance(scale, Tensor):
             scale = torch.full((), scale)
         return grad_x, scale.to(dtype=ctx.dtype, device=ctx.device), None
@@ -119,14 +129,14 @@ class AuxiliaryLosses:
     Attributes:
         current: the pass that runs, or whose backward runs; None outside training.
         statistics: what the layers recorded of the passes in training mode.
-        loss_scale: the scale for losses that are computed outside the model (no `labels` in the call), where the
-            model cannot see it.
+        loss_scale: the scale where the loss is computed outside the model (no `labels` in the call), which cannot be
+            read off: the factor that the loss of one forward pass has in the objective.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.current: ForwardPass | None = None
         self.statistics = RouterStatistics()
-        self.loss_scale = 1.0
+        self.loss_scale: float | None = None
         self._handles = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward, with_kwargs=True),

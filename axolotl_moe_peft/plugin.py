@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from .versions import check_version
@@ -26,13 +25,11 @@ from transformers import (  # noqa: E402
     TrainingArguments,
 )
 
-from .args import CONFIGS  # noqa: E402
+from .args import CONFIGS, check_saved_adapter  # noqa: E402
+from .auxiliary import AuxiliaryLosses  # noqa: E402
 from .summary import format_table  # noqa: E402
 
 LOG = get_logger(__name__)
-
-# What may differ between a saved adapter and the YAML that continues its training: it shapes training, not the model.
-_TRAINING_FIELDS = ("dropout", "init", "router_aux_loss_coef", "router_z_loss_coef", "base_router_aux_loss_coef")
 
 
 class MoePeftPlugin(BasePlugin):
@@ -68,10 +65,9 @@ class MoePeftPlugin(BasePlugin):
         if cfg.peft_autocast_adapter_dtype is not None:
             kwargs["autocast_adapter_dtype"] = cfg.peft_autocast_adapter_dtype
         if cfg.lora_model_dir:
-            _check_same_adapter(config, cfg.lora_model_dir)
-            is_trainable = not (inference or cfg.inference)
+            check_saved_adapter(config, cfg.lora_model_dir)
             model = PeftModel.from_pretrained(
-                model, cfg.lora_model_dir, config=config, is_trainable=is_trainable, **kwargs
+                model, cfg.lora_model_dir, config=config, is_trainable=not inference, **kwargs
             )
         else:
             model = get_peft_model(model, config, **kwargs)
@@ -86,8 +82,8 @@ class AdapterCallback(TrainerCallback):
     """Checks the optimiser's parameters once, and puts the routers' figures on the host's log line."""
 
     def __init__(self, cfg: DictDefault, trainer: Trainer) -> None:
+        self.cfg = cfg
         self.trainer = trainer
-        self.adapter = cfg.adapter
         self.fresh = not cfg.lora_model_dir
 
     def on_train_begin(
@@ -96,26 +92,26 @@ class AdapterCallback(TrainerCallback):
         self.fresh = False
         if not self.trainer.is_deepspeed_enabled:  # DeepSpeed's optimiser holds flat copies
             _check_optimizer(kwargs["model"], kwargs["optimizer"])
+        if self.cfg.rl:  # these trainers compute the loss outside the model
+            self._auxiliary(kwargs["model"]).loss_scale = 1 / args.gradient_accumulation_steps
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if not control.should_log:
-            return
-        auxiliary = self.trainer.accelerator.unwrap_model(kwargs["model"]).base_model.auxiliary
-        figures = auxiliary.statistics.pop(lambda tensor: self.trainer.accelerator.reduce(tensor, "sum"))
-        if hasattr(self.trainer, "store_metrics"):
+        if control.should_log and hasattr(self.trainer, "store_metrics"):
+            statistics = self._auxiliary(kwargs["model"]).statistics
+            figures = statistics.pop(lambda tensor: self.trainer.accelerator.reduce(tensor, "sum"))
             self.trainer.store_metrics(figures, train_eval="train")
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.fresh:
-            LOG.warning(
-                "evaluated a new, untrained %s adapter; give the trained one's folder with --lora-model-dir",
-                self.adapter,
-            )
+            LOG.warning("evaluated a new, untrained adapter; name the trained one's folder with --lora-model-dir")
             self.fresh = False
+
+    def _auxiliary(self, model: torch.nn.Module) -> AuxiliaryLosses:
+        return self.trainer.accelerator.unwrap_model(model).base_model.auxiliary
 
 
 def _peft_config(cfg: DictDefault) -> PeftConfig:
@@ -132,20 +128,6 @@ def _check_base_model(cfg: DictDefault) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     get_peft_model(model, _peft_config(cfg))
-
-
-def _check_same_adapter(config: PeftConfig, folder: str) -> None:
-    saved = type(config).from_pretrained(folder)
-    inherited = {f.name for f in dataclasses.fields(PeftConfig)}
-    for field in dataclasses.fields(config):
-        name, given = field.name, getattr(config, field.name)
-        if name in inherited or name in _TRAINING_FIELDS:
-            continue
-        if getattr(saved, name) != given:
-            raise ValueError(
-                f"the YAML says {name}: {given!r}, the adapter in {folder!r} was made with {getattr(saved, name)!r}. "
-                "Make the block the same as the saved adapter_config.json."
-            )
 
 
 def _log_what_is_trained(model: PeftModel, cfg: DictDefault) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
+import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
@@ -90,6 +92,19 @@ class PerftModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # BaseTuner's version copies `weight`, which an MoE block does not have
         setattr(parent, child_name, new_module)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # the layers create float32; PEFT's flag is the way to ask for the base's dtype
+        if autocast_adapter_dtype or self.model.dtype == torch.float32:
+            return
+        warnings.warn(
+            f"autocast_adapter_dtype=False: adapter {adapter_name!r} trains in {self.model.dtype}, its routers "
+            "included; at usual learning rates most updates of such a router round away.",
+            stacklevel=2,
+        )
+        for name, parameter in self.model.named_parameters():
+            if self.prefix in name and name.endswith(f".{adapter_name}"):
+                parameter.data = parameter.data.to(self.model.dtype)
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(
