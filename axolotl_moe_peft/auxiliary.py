@@ -27,8 +27,9 @@ from .batches import IGNORE_INDEX, real_token_mask
 from .routing import usage_figures
 
 _UNKNOWN_SCALE = (
-    "The router losses of an adapter act, but the loss is computed outside the model: their scale cannot be read off "
-    "it and 1 is used. With gradient accumulation set `model.base_model.auxiliary.loss_scale = 1 / accumulation_steps`."
+    "The router losses of an adapter act, but the loss is computed outside the model, where their scale cannot be "
+    "read off it; 1 is used. With gradient accumulation set `model.base_model.auxiliary.loss_scale` to "
+    "1 / accumulation steps."
 )
 
 

@@ -177,6 +177,13 @@ def test_a_loss_computed_outside_takes_the_scale_that_it_is_told():
     assert_same(gradients(model), reference_gradients([{**inputs, "labels": labels}], [0.25]))
 
 
+def test_an_unknown_scale_is_a_warning_not_a_secret():
+    inputs = batch(0)
+    del inputs["labels"]
+    with pytest.warns(UserWarning, match="the loss is computed outside the model"):
+        perft()(**inputs).logits.sum().backward()
+
+
 def packed(rows: list[torch.Tensor], filler: int) -> dict[str, torch.Tensor]:
     """As Axolotl packs: no attention mask, positions restart, filler is a segment of its own."""
     segments = [*rows, torch.full((filler,), PAD)]

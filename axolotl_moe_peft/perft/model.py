@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
-import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
-from torch import Tensor, nn
+from torch import nn
 
 from ..auxiliary import AuxiliaryLosses
 from ..summary import ParameterRow, parameter_row
+from ..tuner import Tuner
 from .config import PerftConfig
 from .layer import PerftLayer
 from .moe_blocks import MoeBlock, base_norm_topk_prob, select_moe_blocks
 
 
-class PerftModel(BaseTuner):
+class PerftModel(Tuner):
     """PERFT: routed or always-on adapters in parallel with the experts of MoE blocks (arXiv 2411.08212).
 
     Args:
@@ -93,19 +91,6 @@ class PerftModel(BaseTuner):
         # BaseTuner's version copies `weight`, which an MoE block does not have
         setattr(parent, child_name, new_module)
 
-    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        # the layers create float32; PEFT's flag is the way to ask for the base's dtype
-        if autocast_adapter_dtype or self.model.dtype == torch.float32:
-            return
-        warnings.warn(
-            f"autocast_adapter_dtype=False: adapter {adapter_name!r} trains in {self.model.dtype}, its routers "
-            "included; at usual learning rates most updates of such a router round away.",
-            stacklevel=2,
-        )
-        for name, parameter in self.model.named_parameters():
-            if self.prefix in name and name.endswith(f".{adapter_name}"):
-                parameter.data = parameter.data.to(self.model.dtype)
-
     def _check_merge_allowed(self) -> None:
         raise ValueError(
             "PERFT adapters cannot be merged: they run in parallel with the MoE block, partly chosen per token, and "
@@ -117,33 +102,3 @@ class PerftModel(BaseTuner):
         """Return the base model without any adapter or hook of ours."""
         self.auxiliary.detach()
         return super().unload()
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Tensor],
-        prefix: str,
-        local_metadata: dict,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        # PEFT loads with strict=False and only warns; an adapter that is not all there must not pass for one
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        own = set(self.state_dict(prefix=prefix, keep_vars=True))
-        unexpected = sorted(set(state_dict) - own)
-        loaded = {key.rpartition(".")[2] for key in state_dict if self.prefix in key}
-        expected = {key for key in own if self.prefix in key and key.rpartition(".")[2] in loaded}
-        missing = sorted(expected - set(state_dict))
-        if not loaded:
-            error_msgs.append("no tensor of a PERFT adapter in it.")
-        if missing:
-            error_msgs.append(f"adapter tensors missing: {_enumerate(missing)}.")
-        if unexpected:
-            error_msgs.append(f"tensors that this adapter does not have: {_enumerate(unexpected)}.")
-
-
-def _enumerate(keys: list[str], most: int = 6) -> str:
-    return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")

@@ -208,6 +208,12 @@ def test_a_deep_copy_is_independent():
     assert torch.equal(model(ids).logits, perft(tiny_model("mixtral"), "embedded")(ids).logits)
 
 
+def test_autocast_adapter_dtype_false_takes_the_bases_dtype_and_warns():
+    with pytest.warns(UserWarning, match="rates most updates of a router then round away"):
+        model = get_peft_model(tiny_model("mixtral").bfloat16(), config(), autocast_adapter_dtype=False)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
 def test_injection_without_a_peft_model_has_its_router_losses():
     model = inject_adapter_in_model(config(router_aux_loss_coef=1.0), tiny_model("mixtral")).train()
     ids = random_ids(1, 6)
