@@ -61,23 +61,22 @@ class PerftLayer(nn.Module, BaseTunerLayer):
         ]
         self.train(self.base_layer.training)
 
-    def update_layer(self, adapter_name: str, config: PerftConfig, block: MoeBlock, norm_topk_prob: bool) -> None:
+    def update_layer(
+        self, adapter_name: str, config: PerftConfig, block: MoeBlock, base_norm_topk_prob: bool, num_layers: int
+    ) -> None:
         """Add an adapter of this configuration and initialise it.
 
-        Raises:
-            ValueError: the base block cannot carry the variant.
+        Args:
+            adapter_name, config: the adapter.
+            block: the wrapped MoE block.
+            base_norm_topk_prob: whether the base router's weights sum to one.
+            num_layers: how many blocks carry the adapter; router losses are averaged over them.
         """
-        num_experts, num_active = config.num_experts or 1, config.num_experts_per_tok or config.num_experts or 1
-        if config.variant == "embedded" or config.gate_weights == "base":
-            num_base_experts, base_top_k = block.base_routing_shape(self.hidden_size)
-            if config.variant == "embedded":
-                num_experts, num_active = num_base_experts, base_top_k
-            elif num_active > base_top_k:
-                raise ValueError(
-                    f"perft.gate_weights: base lends each token the base router's {base_top_k} weights, but "
-                    f"num_experts_per_tok is {num_active}. Use at most {base_top_k}, or "
-                    "`gate_weights: own`."
-                )
+        if config.variant == "embedded":
+            num_experts, num_active = block.base_routing_shape(self.hidden_size)
+        else:
+            num_experts = config.num_experts or 1
+            num_active = config.num_experts_per_tok or num_experts
         device = next(self.base_layer.parameters()).device
         shape = {"dtype": torch.float32, "device": device}
         self.perft_down[adapter_name] = nn.Parameter(torch.empty(num_experts, config.rank, self.hidden_size, **shape))
@@ -86,7 +85,9 @@ class PerftLayer(nn.Module, BaseTunerLayer):
             self.perft_router[adapter_name] = nn.Parameter(torch.empty(num_experts, self.hidden_size, **shape))
         self.perft_config[adapter_name] = config
         self.num_active_experts[adapter_name] = num_active
-        self.norm_topk_prob[adapter_name] = norm_topk_prob if config.norm_topk_prob is None else config.norm_topk_prob
+        norm_topk_prob = base_norm_topk_prob if config.norm_topk_prob is None else config.norm_topk_prob
+        self.norm_topk_prob[adapter_name] = norm_topk_prob
+        self.num_layers[adapter_name] = num_layers
         self.reset_parameters(adapter_name)
         self.set_adapter(self.active_adapters)
 

@@ -46,6 +46,14 @@ class PerftModel(Tuner):
 
     def _prepare_model(self, peft_config: PerftConfig, model: nn.Module) -> None:
         blocks = select_moe_blocks(model, peft_config.target_modules, peft_config.layers_to_transform)
+        if peft_config.gate_weights == "base":
+            base_top_k = min(block.base_routing_shape(self._hidden_size)[1] for block in blocks)
+            if peft_config.num_experts_per_tok > base_top_k:
+                raise ValueError(
+                    f"perft.gate_weights: base lends each token the base router's {base_top_k} weights, but "
+                    f"num_experts_per_tok is {peft_config.num_experts_per_tok}. Use at most {base_top_k}, or "
+                    "`gate_weights: own`."
+                )
         self._blocks: dict[str, MoeBlock] = {block.name: block for block in blocks}
 
     def _check_target_module_exists(self, peft_config: PerftConfig, key: str) -> bool:
@@ -64,10 +72,9 @@ class PerftModel(Tuner):
         block = self._blocks[current_key]
         layer = target
         if not isinstance(target, PerftLayer):
-            layer = PerftLayer(block, self.model.config.get_text_config().hidden_size, self.auxiliary)
+            layer = PerftLayer(block, self._hidden_size, self.auxiliary)
             self._replace_module(parent, target_name, layer, target)
-        layer.update_layer(adapter_name, peft_config, block, base_norm_topk_prob(self.model))
-        layer.num_layers[adapter_name] = len(self._blocks)
+        layer.update_layer(adapter_name, peft_config, block, base_norm_topk_prob(self.model), len(self._blocks))
 
     def parameter_rows(self, adapter_name: str = "default") -> list[ParameterRow]:
         """What is trainable in the model, by part: the adapter's experts and routers, and anything else (nothing)."""
@@ -86,6 +93,10 @@ class PerftModel(Tuner):
             parameter_row("router", routers),
             parameter_row("other", other),
         ]
+
+    @property
+    def _hidden_size(self) -> int:
+        return self.model.config.get_text_config().hidden_size
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # BaseTuner's version copies `weight`, which an MoE block does not have
