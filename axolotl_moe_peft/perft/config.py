@@ -102,13 +102,12 @@ class PerftConfig(PeftConfig):
                 )
         self._resolve_expert_counts()
         self._check_ranges()
-        if self.variant != "routed" and self.norm_topk_prob is not None:
-            raise ValueError(f"perft.norm_topk_prob: {self._no_own_router()} Leave the key out.")
-        if self.variant != "routed" and self.gate_weights == "base":
-            raise ValueError(f"perft.gate_weights: {self._no_own_router()} Leave the key out.")
-
-    def _no_own_router(self) -> str:
-        return f"variant {self.variant} has no router of its own, so the key means nothing."
+        for name, neutral in (("norm_topk_prob", None), ("gate_weights", "own")):
+            if self.variant != "routed" and getattr(self, name) != neutral:
+                raise ValueError(
+                    f"perft.{name}: {getattr(self, name)} means nothing with variant {self.variant}, which has no "
+                    "router of its own. Leave it out."
+                )
 
     def _resolve_expert_counts(self) -> None:
         used = {"routed": ("num_experts", "num_experts_per_tok"), "dense": ("num_experts",)}.get(self.variant, ())

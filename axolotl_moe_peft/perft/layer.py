@@ -147,7 +147,8 @@ class PerftLayer(nn.Module, BaseTunerLayer):
             if forward_pass is not None:
                 losses += self._router_losses(config, forward_pass, logits_TN, indices_TK)
             if config.gate_weights == "base":
-                weights_TK = routing[1][:, : config.num_experts_per_tok]
+                # 0 *: the own router stays in the graph, as DDP demands, with the gradient 0 of the authors' code
+                weights_TK = routing[1][:, : config.num_experts_per_tok] + 0 * weights_TK
             out = out + self._routed_units(adapter_name, x_TD, weights_TK, indices_TK).view(out.shape).to(out.dtype)
         elif config.variant != "embedded":
             out = out + self._dense_units(adapter_name, x_TD).view(out.shape).to(out.dtype)

@@ -88,7 +88,7 @@ def select_moe_blocks(
         raise ValueError(
             f"perft: no MoE block in {type(model).__name__} (model_type {model_type}): no module has both a router "
             f"({' or '.join(f'`{name}`' for name in ROUTER_NAMES)}) and `experts`. PERFT adapts MoE blocks; for a "
-            "dense base model use `adapter: lora` or `adapter: tt_lora`."
+            "dense base model use `adapter: lora`."
         )
     if isinstance(target_modules, str):
         chosen = [b for b in blocks if re.fullmatch(target_modules, b.name)]
@@ -100,7 +100,7 @@ def select_moe_blocks(
         chosen, unmatched = blocks, []
     if unmatched or not chosen:
         raise ValueError(
-            f"perft.target_modules: {', '.join(map(repr, unmatched)) or target_modules!r} matches no MoE block. "
+            f"perft.target_modules: {', '.join(map(repr, unmatched)) or repr(target_modules)} matches no MoE block. "
             f"The MoE blocks of this model are {_list_names(blocks)}; leave the key out to adapt all of them."
         )
     if layers_to_transform is None:

@@ -102,7 +102,8 @@ def test_gate_weights_base_takes_the_base_routers_weights_by_rank():
     out = layer(hidden)
     torch.testing.assert_close(out, reference(layer, hidden), rtol=1e-5, atol=1e-5)
     out.sum().backward()
-    assert layer.perft_router["default"].grad is None  # the authors' released code: no gradient from the main loss
+    # the authors' released code: no gradient from the main loss; in the graph all the same, for DDP
+    assert layer.perft_router["default"].grad.abs().max() == 0
 
 
 def test_gate_weights_base_needs_as_many_base_weights():
