@@ -1,0 +1,95 @@
+"""Side-by-side timing for the benchmark scripts: candidates take turns, and figures are ratios of one round."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Spread(NamedTuple):
+    """Median, minimum and maximum of one figure over the rounds."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, figures: Sequence[float]) -> Spread:
+        return cls(statistics.median(figures), min(figures), max(figures))
+
+    def cells(self) -> list[str]:
+        return [f"{figure:.3g}" if figure < 100 else f"{figure:.0f}" for figure in self]
+
+
+def argument_parser(description: str, repeats: int) -> argparse.ArgumentParser:
+    """The options that every script has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of the base model and the activations")
+    parser.add_argument("--repeats", type=int, default=repeats, help="measured rounds")
+    return parser
+
+
+def describe_run(args: argparse.Namespace) -> str:
+    """One line on what was measured with."""
+    device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
+    return (
+        f"torch {torch.__version__}, {args.threads} CPU threads, device {device}, {args.dtype}, {args.repeats} rounds"
+    )
+
+
+def time_rounds(
+    candidates: dict[str, Callable[[], object]], device: str, repeats: int, warmup: int
+) -> dict[str, list[float]]:
+    """Call all candidates in turn, round by round.
+
+    Returns:
+        Milliseconds of each candidate in each round after the `warmup` rounds. Entry i of every list is from the same
+        round, so what slows the machine for a while cancels in the ratios.
+    """
+    measure = _time_cuda if device == "cuda" else _time_cpu
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for i in range(warmup + repeats):
+        for name, call in candidates.items():
+            elapsed = measure(call)
+            if i >= warmup:
+                times[name].append(elapsed)
+    return times
+
+
+def ratio(times: dict[str, list[float]], numerator: str, denominator: str) -> Spread:
+    """Spread of the per-round ratios of two candidates."""
+    return Spread.of([a / b for a, b in zip(times[numerator], times[denominator])])
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print rows with the first column left-aligned and the others right-aligned."""
+    lines = [list(header), *(list(row) for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    for line in lines:
+        first, *others = (cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths)))
+        print("  ".join([first, *others]))
+
+
+def _time_cpu(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e3
+
+
+def _time_cuda(call: Callable[[], object]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)

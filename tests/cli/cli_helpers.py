@@ -1,0 +1,202 @@
+"""What a user has on disk (a base model with its tokenizer, rows, a YAML), and Axolotl's command line run on it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from datasets import load_from_disk
+from safetensors.torch import load_file
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from tests.tiny_models import BOS, EOS, PAD, VOCAB_SIZE, tiny_model
+
+# exact comparisons need the CPU, also where there is a GPU
+_CPU_ONLY = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+# Where the pool runs many commands, the imports of the real command (10 s) are done once: it imports what
+# `axolotl train`, `evaluate` and `merge-lora` import before they load a plugin, and forks for each command.
+_POOL = """
+import gc, json, os, sys
+import axolotl.cli.main, axolotl.cli.config, axolotl.cli.evaluate, axolotl.cli.merge_lora, axolotl.cli.train
+import axolotl.common.datasets, axolotl.train
+gc.freeze()
+for line in sys.stdin:
+    arguments, stdin, log = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(os.open(stdin, os.O_RDONLY), 0)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        sys.argv = ["axolotl", *arguments]
+        sys.exit(axolotl.cli.main.main())
+    os.write(int(sys.argv[1]), bytes([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) % 256]))
+"""
+
+
+@dataclass
+class Result:
+    """What a command left: its exit code and all it wrote to stdout and stderr."""
+
+    code: int
+    output: str
+
+    @property
+    def tracebacks(self) -> int:
+        """How many the user has to read."""
+        return self.output.count("Traceback (most recent call last)")
+
+    @property
+    def error(self) -> str:
+        """What the first traceback ends with: the exception and its message."""
+        frames, message = "Traceback (most recent call last):", r"^\S.*?(?=^nanobind: |^\[20\d\d-|\Z)"
+        found = re.search(message, self.output.partition(frames)[2], re.MULTILINE | re.DOTALL)
+        return found[0] if found else ""
+
+
+def run_command(*command: str) -> Result:
+    """Run a command as a user would."""
+    done = subprocess.run(
+        command,
+        env=_CPU_ONLY,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )
+    return Result(done.returncode, done.stdout)
+
+
+class AxolotlPool:
+    """Runs `axolotl ...` in a new process each time, without paying for the imports each time."""
+
+    def __init__(self, folder: Path) -> None:
+        self._stdin, self._log = folder / "stdin", folder / "log"
+        self._exit_codes, write_end = os.pipe()
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _POOL, str(write_end)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=[write_end],
+            env=os.environ
+            | {"NUMBA_DISABLE_JIT": "1"},  # compiling the packing algorithm takes longer than running it
+            text=True,
+        )
+        os.close(write_end)
+
+    def __call__(self, command: str, config: Path, *options: str, stdin: str = "") -> Result:
+        launcher = ["--launcher", "python"] if command in ("train", "evaluate", "inference") else []
+        arguments = [command, *launcher, str(config), *options]
+        self._stdin.write_text(stdin)
+        self._process.stdin.write(json.dumps([arguments, str(self._stdin), str(self._log)]) + "\n")
+        self._process.stdin.flush()
+        return Result(os.read(self._exit_codes, 1)[0], self._log.read_text())
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+        os.close(self._exit_codes)
+
+
+def save_base_model(folder: Path, family: str) -> Path:
+    """A tiny random model of the family and a tokenizer with one token per character."""
+    tiny_model(family).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def save_tokenizer(folder: Path) -> None:
+    special = {PAD: "<pad>", EOS: "<eos>", BOS: "<bos>", 3: "<|user|>", 4: "<|assistant|>", 5: "<unk>"}
+    vocabulary = special | {i: chr(i) for i in range(32, 127)}
+    assert max(vocabulary) < VOCAB_SIZE
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in vocabulary.items()}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>"
+    )
+    fast.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>"]})
+    fast.chat_template = (
+        "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% if m['role'] == 'assistant' %}<eos>{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    fast.save_pretrained(folder)
+
+
+def write_rows(path: Path, pairs: Iterable[tuple[str, str]]) -> Path:
+    """A chat dataset of (question, answer)."""
+    with path.open("w") as file:
+        for question, answer in pairs:
+            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    return path
+
+
+def write_yaml(path: Path, base_model: Path, rows: Path, **keys: Any) -> Path:
+    """A YAML with the plugin, this base model and dataset, small and quick settings, and `keys` (None removes one)."""
+    settings = {
+        "base_model": str(base_model),
+        "plugins": ["axolotl_moe_peft.MoePeftPlugin"],
+        "datasets": [{"path": str(rows), "type": "chat_template"}],
+        "chat_template": "tokenizer_default",
+        "dataset_prepared_path": str(rows.with_suffix(".prepared")),
+        "dataset_num_proc": 1,
+        "dataloader_num_workers": 0,
+        "dataloader_pin_memory": False,
+        "val_set_size": 0,
+        "sequence_len": 128,
+        "output_dir": str(path.with_suffix("")),
+        "adapter": "perft",
+        "perft": {"rank": 4},
+        "attn_implementation": "sdpa",
+        "bf16": False,
+        "seed": 42,
+        "micro_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "max_steps": 6,
+        "optimizer": "adamw_torch",
+        "learning_rate": 0.05,
+        "lr_scheduler": "constant",
+        "logging_steps": 1,
+    } | keys
+    path.write_text(yaml.safe_dump({key: value for key, value in settings.items() if value is not None}))
+    return path
+
+
+def tokenised(rows: Path) -> Iterable[dict[str, Any]]:
+    """The rows as a command has prepared them."""
+    # one folder for each tokeniser's path and for packing, all with the same rows
+    return load_from_disk(str(next(filter(Path.is_dir, rows.with_suffix(".prepared").iterdir()))))
+
+
+def log_history(output_dir: Path) -> list[dict[str, float]]:
+    """The host's log line of every training step, as the last checkpoint holds it."""
+    checkpoint = max(output_dir.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    return [line for line in state["log_history"] if "loss" in line]
+
+
+def adapter_tensors(folder: Path) -> dict[str, Tensor]:
+    """The saved adapter's tensors by name."""
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """Of every file but debug.log, which the host starts anew with each command."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "debug.log"
+    }

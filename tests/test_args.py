@@ -1,0 +1,287 @@
+"""The `perft:` block and its checks, through Axolotl's own reading of a YAML."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from axolotl.cli.config import load_cfg
+from axolotl.integrations.base import PluginManager
+from axolotl.utils.dict import DictDefault
+from axolotl.utils.tee import close_debug_log
+
+from axolotl_moe_peft import PerftConfig
+from tests.tiny_models import tiny_config
+
+PLUGIN = "axolotl_moe_peft.MoePeftPlugin"
+DEFAULTS = {
+    "variant": "routed",
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "expert_type": "lora",
+    "rank": 16,
+    "alpha": 32,
+    "dropout": 0.0,
+    "hidden_act": "silu",
+    "norm_topk_prob": None,
+    "gate_weights": "own",
+    "init": "zero",
+    "router_aux_loss_coef": 0.01,
+    "router_z_loss_coef": 0.0,
+    "base_router_aux_loss_coef": 0.0,
+    "target_modules": None,
+    "layers_to_transform": None,
+}
+# keys of the host and a value, with the key of the block to write instead
+REPLACED = {
+    "lora_r": (8, "rank"),
+    "lora_alpha": (16, "alpha"),
+    "lora_dropout": (0.05, "dropout"),
+    "lora_target_modules": (["q_proj"], "target_modules"),
+    "lora_target_linear": (True, "target_modules"),
+    "peft_layers_to_transform": ([0], "layers_to_transform"),
+}
+MEANINGLESS = {
+    "lora_target_parameters": ["mlp.experts.gate_up_proj"],
+    "lora_modules_to_save": ["embed_tokens"],
+    "lora_fan_in_fan_out": True,
+    "lora_mlp_kernel": True,
+    "lora_qkv_kernel": True,
+    "lora_o_kernel": True,
+    "loraplus_lr_ratio": 16,
+    "peft_use_dora": True,
+    "peft_use_rslora": True,
+    "peft_init_lora_weights": "pissa",
+    "peft_ensure_weight_tying": True,
+    "peft_trainable_token_indices": [1],
+    "relora": True,
+}
+QUANTISED = ("load_in_4bit", "load_in_8bit", "gptq")
+# blocks with a value out of range or of the wrong kind, and the key that the message must name
+WRONG_VALUES: dict[str, list[dict[str, Any]]] = {
+    "num_experts": [{"num_experts": 0}, {"num_experts": 2.5}, {"num_experts": "many"}],
+    "num_experts_per_tok": [{"num_experts_per_tok": 0}, {"num_experts": 1, "num_experts_per_tok": 2}],
+    "rank": [{"rank": 0}, {"rank": -4}, {"rank": "wide"}],
+    "alpha": [{"alpha": 0}, {"alpha": -1}],
+    "dropout": [{"dropout": 1.0}, {"dropout": -0.1}],
+    "variant": [{"variant": "r"}],
+    "expert_type": [{"expert_type": "LoRA"}],
+    "hidden_act": [{"expert_type": "parallel_adapter", "hidden_act": "none"}],
+    "gate_weights": [{"gate_weights": "adapter"}],
+    "init": [{"init": "kaiming"}],
+    "router_aux_loss_coef": [{"router_aux_loss_coef": -0.01}],
+    "router_z_loss_coef": [{"router_z_loss_coef": -0.01}],
+    "base_router_aux_loss_coef": [{"base_router_aux_loss_coef": -0.01}],
+    "norm_topk_prob": [{"norm_topk_prob": "perhaps"}],
+}
+# blocks in which one key makes another meaningless
+MEANS_NOTHING = [
+    ("num_experts", {"variant": "embedded", "num_experts": 4}),
+    ("num_experts", {"variant": "single", "num_experts": 1}),
+    ("num_experts_per_tok", {"variant": "dense", "num_experts_per_tok": 2}),
+    ("num_experts_per_tok", {"variant": "embedded", "num_experts_per_tok": 2}),
+    ("norm_topk_prob", {"variant": "dense", "norm_topk_prob": False}),
+    ("gate_weights", {"variant": "embedded", "gate_weights": "base"}),
+    ("alpha", {"expert_type": "parallel_adapter", "alpha": 16}),
+    ("hidden_act", {"expert_type": "lora", "hidden_act": "gelu"}),
+    ("router_aux_loss_coef", {"variant": "dense", "router_aux_loss_coef": 0.01}),
+    ("router_z_loss_coef", {"variant": "single", "router_z_loss_coef": 0.001}),
+]
+
+Load = Callable[..., DictDefault]
+
+
+@pytest.fixture
+def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
+    """`load(perft={...})`: write a YAML with these keys and read it as the commands do."""
+    monkeypatch.setattr(PluginManager, "_instance", None)
+    environment = dict(os.environ)
+    base = tmp_path / "base"
+    tiny_config("mixtral").save_pretrained(base)
+
+    def write_and_load(overrides: dict[str, Any] | None = None, **keys: Any) -> DictDefault:
+        settings = {
+            "base_model": str(base),
+            "plugins": [PLUGIN],
+            "datasets": [{"path": "rows.jsonl", "type": "chat_template"}],
+            "output_dir": str(tmp_path / "out"),
+            "adapter": "perft",
+            "perft": {},
+            "micro_batch_size": 1,
+            "gradient_accumulation_steps": 1,
+            "learning_rate": 1e-4,
+            "bf16": False,
+        } | keys
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump({key: value for key, value in settings.items() if value is not None}))
+        return load_cfg(str(path), **(overrides or {}))
+
+    yield write_and_load
+    close_debug_log()
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+def adapter_config(cfg: DictDefault) -> PerftConfig:
+    """The PEFT config that the host gets from the plugin."""
+    model, config = PluginManager.get_instance().plugins[PLUGIN].load_adapter(None, cfg, config_only=True)
+    assert model is None
+    return config
+
+
+def test_empty_block_takes_the_documented_defaults(load: Load) -> None:
+    config = adapter_config(load(perft={}))
+    assert {key: getattr(config, key) for key in DEFAULTS} == DEFAULTS
+    assert config.task_type == "CAUSAL_LM"
+
+
+def test_every_key_reaches_the_adapter(load: Load) -> None:
+    block = {
+        "variant": "routed",
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "expert_type": "parallel_adapter",
+        "rank": 5,
+        "dropout": 0.1,
+        "hidden_act": "gelu",
+        "norm_topk_prob": False,
+        "gate_weights": "base",
+        "init": "paper",
+        "router_aux_loss_coef": 0.0,
+        "router_z_loss_coef": 0.002,
+        "base_router_aux_loss_coef": 0.02,
+        "target_modules": r"model\.layers\.\d+\.mlp",
+        "layers_to_transform": [1],
+    }
+    assert block.keys() | {"alpha"} == DEFAULTS.keys()
+    config = adapter_config(load(perft=block))
+    assert {key: getattr(config, key) for key in block} == block
+    assert adapter_config(load(perft={"alpha": 7})).alpha == 7
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        {"variant": "embedded", "rank": 8},
+        {"variant": "dense", "num_experts": 3},
+        {"variant": "single", "expert_type": "parallel_adapter", "hidden_act": "relu"},
+        {"target_modules": ["mlp"], "layers_to_transform": 0},
+        # written out, with the value that means nothing
+        {"variant": "dense", "router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0, "norm_topk_prob": None},
+    ],
+)
+def test_blocks_that_make_sense_pass(block: dict[str, Any], load: Load) -> None:
+    config = adapter_config(load(perft=block))
+    assert {key: getattr(config, key) for key in block} == block
+
+
+def test_command_line_reaches_into_the_block(load: Load) -> None:
+    assert adapter_config(load({"perft__rank": "8"}, perft={"variant": "single"})).rank == 8
+
+
+@pytest.mark.parametrize("key", REPLACED)
+def test_lora_keys_are_refused_with_the_key_to_write(key: str, load: Load) -> None:
+    value, own = REPLACED[key]
+    with pytest.raises(
+        ValueError, match=f"`{key}` means nothing with `adapter: perft`; write `{own}` in the `perft:`"
+    ):
+        load(**{key: value})
+
+
+@pytest.mark.parametrize("key", MEANINGLESS)
+def test_lora_keys_without_a_counterpart_are_refused(key: str, load: Load) -> None:
+    with pytest.raises(ValueError, match=f"`{key}` means nothing with `adapter: perft`; remove it"):
+        load(**{key: MEANINGLESS[key]})
+
+
+@pytest.mark.parametrize("key", QUANTISED)
+def test_quantised_bases_are_refused(key: str, load: Load) -> None:
+    with pytest.raises(ValueError, match=f"`{key}` does not work with `adapter: perft`"):
+        load(**{key: True})
+
+
+@pytest.mark.parametrize(("key", "block"), [(key, block) for key, blocks in WRONG_VALUES.items() for block in blocks])
+def test_wrong_values_are_refused_by_name(key: str, block: dict[str, Any], load: Load) -> None:
+    with pytest.raises(ValueError, match=rf"1 validation error(.|\n)*perft\.{key}\b"):
+        load(perft=block)
+
+
+@pytest.mark.parametrize(("key", "block"), MEANS_NOTHING)
+def test_keys_that_mean_nothing_are_refused(key: str, block: dict[str, Any], load: Load) -> None:
+    with pytest.raises(ValueError, match=rf"perft\.{key}.*means nothing"):
+        load(perft=block)
+
+
+@pytest.mark.parametrize("misspelt", ["ranks", "num_expert", "r", "lora_alpha"])
+def test_unknown_keys_are_refused_by_name(misspelt: str, load: Load) -> None:
+    with pytest.raises(ValueError, match=rf"perft\.{misspelt}\b"):
+        load(perft={misspelt: 4})
+
+
+@pytest.mark.parametrize("adapter", ["lora", "qlora", None])
+def test_block_under_another_adapter_is_refused(adapter: str | None, load: Load) -> None:
+    with pytest.raises(ValueError, match="Write `adapter: perft`, or remove the block"):
+        load(adapter=adapter, lora_r=8, lora_alpha=16, lora_target_modules=["q_proj"])
+
+
+def test_adapter_without_its_block_is_refused(load: Load) -> None:
+    with pytest.raises(ValueError, match="`adapter: perft` needs a `perft:` block"):
+        load(perft=None)
+
+
+def test_other_adapters_work_beside_the_plugin(load: Load) -> None:
+    cfg = load(adapter="lora", perft=None, lora_r=8, lora_alpha=16, lora_target_modules=["q_proj"], load_in_8bit=True)
+    plugin = PluginManager.get_instance().plugins[PLUGIN]
+    assert cfg.adapter == "lora" and cfg.lora_r == 8
+    assert plugin.load_adapter(None, cfg) is None
+    assert plugin.add_callbacks_post_trainer(cfg, None) == []
+    assert plugin.load_datasets(cfg) is None
+
+
+def test_merging_is_refused(load: Load) -> None:
+    with pytest.raises(ValueError, match="`axolotl merge-lora` cannot merge an adapter of type perft"):
+        load({"merge_lora": True})
+
+
+def test_inference_needs_a_trained_adapter(load: Load, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="without `lora_model_dir`"):
+        load({"inference": True})
+    PerftConfig().save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_model.safetensors").touch()
+    assert load({"inference": True, "lora_model_dir": str(tmp_path / "adapter")}).lora_model_dir
+
+
+def test_lora_model_dir_on_the_hub_waits_for_the_download(load: Load) -> None:
+    assert load(lora_model_dir="someone/adapter").lora_model_dir == "someone/adapter"
+
+
+@pytest.mark.parametrize("folder", ["outputs/run/final", "./adapter", "/adapter", "adapter", "../adapter"])
+def test_lora_model_dir_on_disk_must_exist(folder: str, load: Load) -> None:
+    with pytest.raises(ValueError, match="lora_model_dir.*holds no adapter_config.json"):
+        load(lora_model_dir=folder)
+
+
+@pytest.mark.parametrize("key", ["num_experts", "alpha", "variant", "gate_weights", "norm_topk_prob"])
+def test_lora_model_dir_must_agree_with_the_block(key: str, load: Load, tmp_path: Path) -> None:
+    saved = {"num_experts": 8, "alpha": 16, "variant": "dense", "gate_weights": "base", "norm_topk_prob": True}[key]
+    PerftConfig(**{key: saved}).save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_model.safetensors").touch()
+    with pytest.raises(ValueError, match=rf"{key}: .* was made with {saved!r}"):
+        load(lora_model_dir=str(tmp_path / "adapter"))
+
+
+def test_lora_model_dir_may_differ_in_what_shapes_training(load: Load, tmp_path: Path) -> None:
+    PerftConfig(router_aux_loss_coef=0.1, router_z_loss_coef=0.1).save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_model.safetensors").touch()
+    cfg = load(lora_model_dir=str(tmp_path / "adapter"), perft={"dropout": 0.1, "base_router_aux_loss_coef": 0.01})
+    assert cfg.perft.dropout == 0.1
+
+
+def test_preference_trainers_refuse_lora_model_dir(load: Load, tmp_path: Path) -> None:
+    PerftConfig().save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_model.safetensors").touch()
+    cfg = load(rl="dpo", lora_model_dir=str(tmp_path / "adapter"))
+    with pytest.raises(ValueError, match="`lora_model_dir` with `rl: dpo`.*Remove `lora_model_dir`"):
+        adapter_config(cfg)
