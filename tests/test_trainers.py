@@ -6,11 +6,11 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from tests.tiny_models import random_ids, randomise_adapters, tiny_model
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from axolotl_moe_peft import PerftConfig
+from tests.tiny_models import random_ids, randomise_adapters, tiny_model
 
 COMMON = {
     "use_cpu": True,
