@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import re
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -43,6 +44,7 @@ _MEANINGLESS = (
     "peft_layer_replication",
     "peft_init_lora_weights",
     "peft_trainable_token_indices",
+    "peft_ensure_weight_tying",
     "relora",
     "qlora_sharded_model_loading",
 )
@@ -60,14 +62,18 @@ _COUNTS_ONLY_WITH = {
 }
 
 
+def _own_fields(config_cls: type[PeftConfig]) -> dict[str, dataclasses.Field]:
+    """The fields that a method's config adds to PeftConfig's, by name: the keys of its block."""
+    inherited = {f.name for f in dataclasses.fields(PeftConfig)}
+    return {f.name: f for f in dataclasses.fields(config_cls) if f.name not in inherited}
+
+
 def _block_model(config_cls: type[PeftConfig]) -> type[BaseModel]:
     """A pydantic model with the fields that the method's PEFT config adds to PeftConfig's."""
-    inherited = {f.name for f in dataclasses.fields(PeftConfig)}
     hints = get_type_hints(config_cls)
     fields = {
-        f.name: (hints[f.name], Field(default=f.default, description=f.metadata["help"]))
-        for f in dataclasses.fields(config_cls)
-        if f.name not in inherited
+        name: (hints[name], Field(default=f.default, description=f.metadata["help"]))
+        for name, f in _own_fields(config_cls).items()
     }
     return create_model(f"{config_cls.__name__}Block", __config__=ConfigDict(extra="forbid"), **fields)
 
@@ -94,6 +100,7 @@ class MoePeftArgs(BaseModel):
             return data
         if data.get(adapter) is None:
             raise ValueError(f"`adapter: {adapter}` needs a `{adapter}:` block; `{adapter}: {{}}` takes the defaults.")
+        _check_keys_of_the_block(adapter, data[adapter])
         for key, own in _REPLACED.items():
             if data.get(key):
                 raise ValueError(
@@ -142,6 +149,15 @@ class MoePeftArgs(BaseModel):
         return self
 
 
+def _check_keys_of_the_block(adapter: str, block: dict[str, Any]) -> None:
+    known = list(_own_fields(CONFIGS[adapter]))
+    for key in block:
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean `{nearest[0]}`? " if nearest else ""
+            raise ValueError(f"{adapter}.{key}: no such key; {hint}The keys are {', '.join(known)}.")
+
+
 def check_saved_adapter(config: PeftConfig, folder: str) -> None:
     """Check that a saved adapter is what the YAML's block describes.
 
@@ -161,18 +177,15 @@ def check_saved_adapter(config: PeftConfig, folder: str) -> None:
     try:
         saved = PeftConfig.from_pretrained(folder)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"lora_model_dir: the adapter_config.json of {folder!r} cannot be read: {error!r}."
-        ) from error
+        raise ValueError(f"lora_model_dir: the adapter_config.json of {folder!r} cannot be read: {error!r}.") from None
     if saved.peft_type != config.peft_type:
         raise ValueError(
             f"lora_model_dir: {folder!r} holds an adapter of type {saved.peft_type.value}, the YAML asks for "
             f"{config.peft_type.value}."
         )
-    inherited = {f.name for f in dataclasses.fields(PeftConfig)}
-    for field in dataclasses.fields(config):
-        name, given, made_with = field.name, getattr(config, field.name), getattr(saved, field.name)
-        if name not in inherited and name not in _TRAINING_FIELDS and given != made_with:
+    for name in _own_fields(type(config)):
+        given, made_with = getattr(config, name), getattr(saved, name)
+        if name not in _TRAINING_FIELDS and given != made_with:
             raise ValueError(
                 f"the block says {name}: {given!r}, but the adapter in {folder!r} was made with {made_with!r}. Make "
                 "the block the same as the saved adapter_config.json."

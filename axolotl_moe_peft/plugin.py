@@ -14,6 +14,7 @@ from axolotl.loaders.utils import load_model_config  # noqa: E402
 from axolotl.utils.dict import DictDefault  # noqa: E402
 from axolotl.utils.logging import get_logger  # noqa: E402
 from peft import PeftConfig, PeftModel, get_peft_model  # noqa: E402
+from safetensors import SafetensorError  # noqa: E402
 from transformers import (  # noqa: E402
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
@@ -57,8 +58,8 @@ class MoePeftPlugin(BasePlugin):
         if config_only:
             if cfg.lora_model_dir:
                 raise ValueError(
-                    f"`lora_model_dir` with `rl: {cfg.rl}`: Axolotl builds the adapter anew from its configuration "
-                    "there and would ignore the saved one. Remove `lora_model_dir`."
+                    f"`lora_model_dir` with `rl: {cfg.rl.value}`: Axolotl builds the adapter anew from its "
+                    "configuration there and would ignore the saved one. Remove `lora_model_dir`."
                 )
             return None, config
         kwargs = {}
@@ -66,9 +67,12 @@ class MoePeftPlugin(BasePlugin):
             kwargs["autocast_adapter_dtype"] = cfg.peft_autocast_adapter_dtype
         if cfg.lora_model_dir:
             check_saved_adapter(config, cfg.lora_model_dir)
-            model = PeftModel.from_pretrained(
-                model, cfg.lora_model_dir, config=config, is_trainable=not inference, **kwargs
-            )
+            try:
+                model = PeftModel.from_pretrained(
+                    model, cfg.lora_model_dir, config=config, is_trainable=not inference, **kwargs
+                )
+            except (RuntimeError, SafetensorError) as error:
+                raise ValueError(f"lora_model_dir: {cfg.lora_model_dir!r} cannot be loaded: {error}") from None
         else:
             model = get_peft_model(model, config, **kwargs)
         _log_what_is_trained(model, cfg)
