@@ -242,11 +242,11 @@ def upcycle(dense: LlamaForCausalLM, pad_token_id: int) -> MixtralForCausalLM:
 
 def train(work_dir: Path, model_dir: Path, adapter_dir: Path) -> dict[str, float]:
     """Train the recipe unless it was trained as it now is; return the held-out loss before and after."""
-    recipe_hash = "".join(sha256(path) for path in (RECIPE, TRAIN_FILE, HELDOUT_FILE))
+    recipe_hashes = [sha256(path) for path in (RECIPE, TRAIN_FILE, HELDOUT_FILE)]
     result_file = adapter_dir / "quickstart_result.json"
     if result_file.is_file():
         result = json.loads(result_file.read_text())
-        if result["recipe"] == recipe_hash:
+        if result["recipe_sha256"] == recipe_hashes:
             step(3, f"Training: done before, using {adapter_dir}")
             return result["heldout_loss"]
         result_file.unlink()
@@ -268,7 +268,7 @@ def train(work_dir: Path, model_dir: Path, adapter_dir: Path) -> dict[str, float
     if axolotl.returncode:
         fail(f"axolotl train failed with exit code {axolotl.returncode}, see above")
     losses = read_heldout_losses(adapter_dir)
-    result_file.write_text(json.dumps({"recipe": recipe_hash, "heldout_loss": losses}, indent=2))
+    result_file.write_text(json.dumps({"recipe_sha256": recipe_hashes, "heldout_loss": losses}, indent=2))
     return losses
 
 

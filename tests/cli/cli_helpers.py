@@ -93,8 +93,8 @@ class AxolotlPool:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             pass_fds=[write_end],
-            env=os.environ
-            | {"NUMBA_DISABLE_JIT": "1"},  # compiling the packing algorithm takes longer than running it
+            # compiling the packing algorithm takes longer than running it
+            env=_CPU_ONLY | {"NUMBA_DISABLE_JIT": "1"},
             text=True,
         )
         os.close(write_end)
