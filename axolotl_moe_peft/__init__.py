@@ -14,12 +14,15 @@ check_version("peft")
 from .registration import add_peft_type, register  # noqa: E402
 
 add_peft_type("PERFT")
+add_peft_type("TT_LORA")
 
 from .perft import PerftConfig, PerftModel  # noqa: E402
+from .tt_lora import TTLoraConfig, TTLoraModel  # noqa: E402
 
 register("perft", PerftConfig, PerftModel)
+register("tt_lora", TTLoraConfig, TTLoraModel)
 
-__all__ = ["MoePeftPlugin", "PerftConfig", "PerftModel"]
+__all__ = ["MoePeftPlugin", "PerftConfig", "PerftModel", "TTLoraConfig", "TTLoraModel"]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,8 +12,9 @@ from peft import PeftConfig
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
 from .perft import PerftConfig
+from .tt_lora import TTLoraConfig
 
-CONFIGS: dict[str, type[PeftConfig]] = {"perft": PerftConfig}
+CONFIGS: dict[str, type[PeftConfig]] = {"perft": PerftConfig, "tt_lora": TTLoraConfig}
 
 # Keys of the host's LoRA that an own key of the block replaces.
 _REPLACED = {
@@ -58,7 +59,13 @@ _COUNTS_ONLY_WITH = {
         ("hidden_act", "expert_type", "parallel_adapter"),
         ("router_aux_loss_coef", "variant", "routed"),
         ("router_z_loss_coef", "variant", "routed"),
-    )
+    ),
+    "tt_lora": (),
+}
+# Why an adapter cannot be merged; those that are not here can.
+_UNMERGEABLE = {
+    "perft": "it runs in parallel with the MoE block, partly chosen per token, and no weight of the base model "
+    "computes that"
 }
 
 
@@ -72,19 +79,27 @@ def _block_model(config_cls: type[PeftConfig]) -> type[BaseModel]:
     """A pydantic model with the fields that the method's PEFT config adds to PeftConfig's."""
     hints = get_type_hints(config_cls)
     fields = {
-        name: (hints[name], Field(default=f.default, description=f.metadata["help"]))
+        name: (hints[name], Field(description=f.metadata["help"], **_default(f)))
         for name, f in _own_fields(config_cls).items()
     }
     return create_model(f"{config_cls.__name__}Block", __config__=ConfigDict(extra="forbid"), **fields)
 
 
+def _default(field: dataclasses.Field) -> dict[str, Any]:
+    if field.default is dataclasses.MISSING:
+        return {"default_factory": field.default_factory}
+    return {"default": field.default}
+
+
 PerftBlock = _block_model(PerftConfig)
+TTLoraBlock = _block_model(TTLoraConfig)
 
 
 class MoePeftArgs(BaseModel):
     """Merged by Axolotl into its own schema, so that the checks see the whole YAML."""
 
     perft: PerftBlock | None = Field(default=None, description="PERFT adapters; needs `adapter: perft`.")
+    tt_lora: TTLoraBlock | None = Field(default=None, description="TT-LoRA adapters; needs `adapter: tt_lora`.")
 
     @model_validator(mode="before")
     @classmethod
@@ -103,6 +118,8 @@ class MoePeftArgs(BaseModel):
         _check_keys_of_the_block(adapter, data[adapter])
         for key, own in _REPLACED.items():
             if data.get(key):
+                if own not in _own_fields(CONFIGS[adapter]):
+                    own = "target_modules"  # a regular expression chooses layers, too
                 raise ValueError(
                     f"`{key}` means nothing with `adapter: {adapter}`; write `{own}` in the `{adapter}:` block."
                 )
@@ -115,12 +132,19 @@ class MoePeftArgs(BaseModel):
                     f"`{key}` does not work with `adapter: {adapter}`: Axolotl quantises the base only for its own "
                     "lora and qlora. Remove the key and load the base in bf16."
                 )
-        if data.get("merge_lora"):
+        if data.get("merge_lora") and adapter in _UNMERGEABLE:
             raise ValueError(
-                f"`axolotl merge-lora` cannot merge an adapter of type {adapter}: it runs in parallel with the MoE "
-                "block, partly chosen per token, and no weight of the base model computes that. Nothing was written. "
-                "Keep the adapter beside the base: `axolotl inference --lora-model-dir ...`, PEFT's from_pretrained."
+                f"`axolotl merge-lora` cannot merge an adapter of type {adapter}: {_UNMERGEABLE[adapter]}. Nothing "
+                "was written. Keep the adapter beside the base: `axolotl inference --lora-model-dir ...`, PEFT's "
+                "from_pretrained."
             )
+        if data.get("merge_lora"):
+            if data.get("merge_method") == "memory_efficient":
+                raise ValueError(
+                    f"`merge_method: memory_efficient` reads LoRA's own tensors only and cannot merge an adapter of "
+                    f"type {adapter}. Remove the key; the model is then merged in memory."
+                )
+            data = {**data, "merge_method": "legacy"}
         if data.get("inference") and not data.get(
             "lora_model_dir"
         ):  # not a field of the host's: gone after validation

@@ -96,15 +96,16 @@ class AdapterCallback(TrainerCallback):
         self.fresh = False
         if not self.trainer.is_deepspeed_enabled:  # DeepSpeed's optimiser holds flat copies
             _check_optimizer(kwargs["model"], kwargs["optimizer"])
-        if self.cfg.rl:  # these trainers compute the loss outside the model
-            self._auxiliary(kwargs["model"]).loss_scale = 1 / args.gradient_accumulation_steps
+        auxiliary = self._auxiliary(kwargs["model"])
+        if self.cfg.rl and auxiliary is not None:  # these trainers compute the loss outside the model
+            auxiliary.loss_scale = 1 / args.gradient_accumulation_steps
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if control.should_log and hasattr(self.trainer, "store_metrics"):
-            statistics = self._auxiliary(kwargs["model"]).statistics
-            figures = statistics.pop(lambda tensor: self.trainer.accelerator.reduce(tensor, "sum"))
+        auxiliary = self._auxiliary(kwargs["model"])
+        if auxiliary is not None and control.should_log and hasattr(self.trainer, "store_metrics"):
+            figures = auxiliary.statistics.pop(lambda tensor: self.trainer.accelerator.reduce(tensor, "sum"))
             self.trainer.store_metrics(figures, train_eval="train")
 
     def on_evaluate(
@@ -114,8 +115,9 @@ class AdapterCallback(TrainerCallback):
             LOG.warning("evaluated a new, untrained adapter; name the trained one's folder with --lora-model-dir")
             self.fresh = False
 
-    def _auxiliary(self, model: torch.nn.Module) -> AuxiliaryLosses:
-        return self.trainer.accelerator.unwrap_model(model).base_model.auxiliary
+    def _auxiliary(self, model: torch.nn.Module) -> AuxiliaryLosses | None:
+        """The router losses; None of a method without a router."""
+        return getattr(self.trainer.accelerator.unwrap_model(model).base_model, "auxiliary", None)
 
 
 def _peft_config(cfg: DictDefault) -> PeftConfig:
@@ -138,7 +140,7 @@ def _log_what_is_trained(model: PeftModel, cfg: DictDefault) -> None:
     LOG.info(
         "%s adapter attached, trainable parameters:\n%s", cfg.adapter, format_table(model.base_model.parameter_rows())
     )
-    LOG.info("the base model is frozen, its routers included")
+    LOG.info("the base model is frozen, routers of its own included")
 
 
 def _check_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -48,11 +48,18 @@ class Tuner(BaseTuner):
         missing = {key for key in own if self.prefix in key and key.rpartition(".")[2] in loaded} - set(state_dict)
         unexpected = set(state_dict) - own
         if not loaded:
-            error_msgs.append(f"no tensor of a {self.prefix.strip('_').upper()} adapter in it.")
+            peft_type = next(iter(self.peft_config.values())).peft_type.value
+            error_msgs.append(f"no tensor of a {peft_type} adapter in it.")
         if missing:
             error_msgs.append(f"adapter tensors missing: {_enumerate(missing)}.")
         if unexpected:
             error_msgs.append(f"tensors that this adapter does not have: {_enumerate(unexpected)}.")
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a matrix product with x, as autocast would have it for its own operations."""
+    device_type = x.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
 
 
 def _enumerate(keys: set[str], most: int = 6) -> str:

@@ -2,6 +2,10 @@
 
 import torch
 from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     OlmoeConfig,
@@ -30,8 +34,12 @@ _COMMON = {
 
 
 def tiny_config(family: str, **overrides):
-    """Two layers, width 32, four experts (Mixtral) or eight, top-2."""
+    """Two layers, width 32; four experts (Mixtral) or eight, top-2, or none (Llama, GPT-2)."""
     common = _COMMON | overrides
+    if family == "llama":
+        return LlamaConfig(intermediate_size=24, **common)
+    if family == "gpt2":
+        return GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **common)
     if family == "mixtral":
         return MixtralConfig(intermediate_size=24, num_local_experts=4, **common)
     if family == "olmoe":
@@ -44,7 +52,13 @@ def tiny_config(family: str, **overrides):
 def tiny_model(family: str, seed: int = 0, **overrides) -> PreTrainedModel:
     """A model of `tiny_config`, in eval mode; the same for the same seed."""
     torch.manual_seed(seed)
-    classes = {"mixtral": MixtralForCausalLM, "olmoe": OlmoeForCausalLM, "qwen3_moe": Qwen3MoeForCausalLM}
+    classes = {
+        "mixtral": MixtralForCausalLM,
+        "olmoe": OlmoeForCausalLM,
+        "qwen3_moe": Qwen3MoeForCausalLM,
+        "llama": LlamaForCausalLM,
+        "gpt2": GPT2LMHeadModel,
+    }
     model = classes[family](tiny_config(family, **overrides))
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -17,6 +17,7 @@ from transformers.activations import ACT2FN
 
 from ..auxiliary import AuxiliaryLosses, ForwardPass, add_auxiliary_loss
 from ..routing import expert_counts, load_balancing_loss, router_z_loss, top_k_routing
+from ..tuner import compute_dtype
 from .config import PerftConfig
 from .dispatch import dispatch, gather_mm, pad_rank, scatter_mm
 from .moe_blocks import MoeBlock, base_routing
@@ -189,7 +190,7 @@ class PerftLayer(nn.Module, BaseTunerLayer):
 
     def _routed_units(self, adapter_name: str, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
         """Sum over each token's K adapters of weight * unit(x): (T, D)."""
-        config, dtype = self.perft_config[adapter_name], _compute_dtype(x_TD)
+        config, dtype = self.perft_config[adapter_name], compute_dtype(x_TD)
         down_NRD = pad_rank(self.perft_down[adapter_name].to(dtype))
         up_NRD = pad_rank(self.perft_up[adapter_name].to(dtype).transpose(1, 2))
         slots = dispatch(indices_TK, len(down_NRD))
@@ -204,7 +205,7 @@ class PerftLayer(nn.Module, BaseTunerLayer):
 
     def _dense_units(self, adapter_name: str, x_TD: Tensor) -> Tensor:
         """Sum over all N adapters of unit(x): (T, D)."""
-        config, dtype = self.perft_config[adapter_name], _compute_dtype(x_TD)
+        config, dtype = self.perft_config[adapter_name], compute_dtype(x_TD)
         down_NRD, up_NDR = self.perft_down[adapter_name].to(dtype), self.perft_up[adapter_name].to(dtype)
         x_TD = x_TD.to(dtype)
         if self._drops_input(config):
@@ -237,12 +238,6 @@ class PerftLayer(nn.Module, BaseTunerLayer):
                 delta_TD = self._routed_units(adapter_name, x_TD, weights_TK, indices_TK)
                 output = output + delta_TD.view(output.shape).to(output.dtype)
         return output
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of a matrix product with x, as autocast would have it for its own operations."""
-    device_type = x.device.type
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
 
 
 def _flat_mask(forward_pass: ForwardPass, num_tokens: int) -> Tensor | None:

@@ -88,7 +88,7 @@ def select_moe_blocks(
         raise ValueError(
             f"perft: no MoE block in {type(model).__name__} (model_type {model_type}): no module has both a router "
             f"({' or '.join(f'`{name}`' for name in ROUTER_NAMES)}) and `experts`. PERFT adapts MoE blocks; for a "
-            "dense base model use `adapter: lora`."
+            "dense base model use `adapter: lora` or `adapter: tt_lora`."
         )
     if isinstance(target_modules, str):
         chosen = [b for b in blocks if re.fullmatch(target_modules, b.name)]

@@ -1,0 +1,5 @@
+from .config import TTLoraConfig
+from .layer import TTLoraLinear
+from .model import TTLoraModel
+
+__all__ = ["TTLoraConfig", "TTLoraLinear", "TTLoraModel"]

@@ -1,0 +1,131 @@
+"""Turns a TT-LoRA adapter into a plain LoRA of the same rank that computes the same, for hosts that know only LoRA.
+
+python -m axolotl_moe_peft.tt_lora.export ./outputs/my-adapter ./outputs/my-adapter-as-lora
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModel
+from transformers.pytorch_utils import Conv1D
+
+from .config import TTLoraConfig
+from .layer import build_matrices
+
+LOG = logging.getLogger(__name__)
+
+_WEIGHTS = "adapter_model.safetensors"
+
+
+def export_to_lora(
+    adapter: str | Path | PeftModel, out_folder: str | Path, adapter_name: str = "default"
+) -> dict[str, Tensor]:
+    """Write a TT-LoRA adapter as a PEFT LoRA: lora_A = A^T, lora_B = C^T and a scale of alpha.
+
+    Args:
+        adapter: the folder of a saved adapter, which needs no base model, or a model that has one.
+        out_folder: gets adapter_config.json and adapter_model.safetensors, in float32; made if it is not there.
+        adapter_name: which adapter of the model.
+
+    Returns:
+        The tensors that were written: lora_A.weight (rank, inputs) and lora_B.weight (outputs, rank) of each layer.
+
+    Raises:
+        ValueError: it is no complete TT-LoRA adapter, or `out_folder` is its own folder.
+    """
+    if isinstance(adapter, PeftModel):
+        config, cores = (
+            adapter.peft_config[adapter_name],
+            get_peft_model_state_dict(adapter, adapter_name=adapter_name),
+        )
+        base = adapter.get_base_model()
+    else:
+        config, cores = _read(Path(adapter), Path(out_folder))
+        base = _architecture(config)
+    if not isinstance(config, TTLoraConfig):
+        raise ValueError(f"the adapter is of type {config.peft_type.value}; only TT_LORA can be exported.")
+    tensors = {}
+    for name, (cores_in, cores_out) in _by_layer(cores).items():
+        down, up = build_matrices(cores_in, cores_out, alpha=1.0)
+        tensors[f"{name}.lora_A.weight"] = down.detach().cpu().contiguous()
+        tensors[f"{name}.lora_B.weight"] = up.T.detach().cpu().contiguous()
+    scale = config.alpha * config.rank  # PEFT divides by the rank
+    lora = LoraConfig(
+        r=config.rank,
+        lora_alpha=int(scale) if scale == int(scale) else scale,
+        lora_dropout=config.dropout,
+        target_modules=config.target_modules,
+        fan_in_fan_out=any(isinstance(m, Conv1D) for m in base.modules()) if base is not None else False,
+        task_type=config.task_type,
+        base_model_name_or_path=config.base_model_name_or_path,
+        revision=config.revision,
+        inference_mode=True,
+    )
+    Path(out_folder).mkdir(parents=True, exist_ok=True)
+    lora.save_pretrained(out_folder)
+    save_file(tensors, Path(out_folder) / _WEIGHTS, metadata={"format": "pt"})
+    return tensors
+
+
+def _read(folder: Path, out_folder: Path) -> tuple[PeftConfig, dict[str, Tensor]]:
+    for name in ("adapter_config.json", _WEIGHTS):
+        if not (folder / name).is_file():
+            raise ValueError(f"{str(folder)!r} holds no {name}; give the folder of a saved adapter.")
+    if folder.resolve() == out_folder.resolve():
+        raise ValueError(f"the export would overwrite the adapter in {str(folder)!r}; give another folder for it.")
+    try:
+        return PeftConfig.from_pretrained(str(folder)), load_file(folder / _WEIGHTS)
+    except SafetensorError as error:
+        raise ValueError(f"{str(folder / _WEIGHTS)!r} cannot be read: {error}.") from error
+
+
+def _by_layer(cores: dict[str, Tensor]) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
+    """Input and output cores of each layer, from their names ...q_proj.ttcore_in_0 ..., ...q_proj.ttcore_out_0 ..."""
+    sides: dict[str, dict[str, dict[int, Tensor]]] = {}
+    for key, core in cores.items():
+        name, separator, position = key.rpartition(".ttcore_")
+        side, _, index = position.partition("_")
+        if not separator or side not in ("in", "out") or not index.isdecimal():
+            raise ValueError(f"{key} is no tensor of a TT-LoRA adapter.")
+        sides.setdefault(name, {"in": {}, "out": {}})[side][int(index)] = core
+    layers = {}
+    for name, found in sides.items():
+        trains = [[found[side][k] for k in sorted(found[side])] for side in ("in", "out")]
+        ranks = [(core.shape[0], core.shape[2]) for train in trains for core in train]
+        complete = all(trains) and ranks[0][0] == ranks[-1][1] == 1
+        if not complete or any(sorted(part) != list(range(len(part))) for part in found.values()):
+            raise ValueError(f"cores of {name} are missing.")
+        layers[name] = (trains[0], trains[1])
+    return layers
+
+
+def _architecture(config: PeftConfig) -> torch.nn.Module | None:
+    """The base model without weights, or None if its configuration cannot be found."""
+    base = config.base_model_name_or_path
+    try:
+        with torch.device("meta"):
+            return AutoModel.from_config(AutoConfig.from_pretrained(base)) if base else None
+    except (OSError, ValueError) as error:
+        LOG.warning("no configuration of the base model %r (%s); taking its layers for nn.Linear", base, error)
+        return None
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Write a TT-LoRA adapter as a plain PEFT LoRA of the same rank.")
+    parser.add_argument("adapter", help="folder of the saved TT-LoRA adapter")
+    parser.add_argument("out_folder", help="folder for the LoRA")
+    given = parser.parse_args(arguments)
+    tensors = export_to_lora(given.adapter, given.out_folder)
+    print(f"wrote {len(tensors)} tensors to {given.out_folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""TTLoraModel: attaches TT-LoRA adapters to the linear layers of a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ..summary import ParameterRow, parameter_row
+from ..tuner import Tuner
+from .config import TTLoraConfig
+from .factors import Factors, auto_factors, check_product
+from .layer import TTLoraLinear, linear_shape
+
+_WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class TTLoraModel(Tuner):
+    """TT-LoRA: low-rank updates of linear layers whose factors are tensor trains (arXiv 2504.21190, stage 1).
+
+    Args:
+        model: any model.
+        config: a TTLoraConfig.
+        adapter_name: name of the adapter.
+
+    Raises:
+        ValueError: a target matches no linear layer, or given factors do not multiply to its shape.
+    """
+
+    # occurs in no base model; `tt_` does, in `att_`
+    prefix = "ttcore_"
+    tuner_layer_cls = TTLoraLinear
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        config = self.peft_config[adapter_name]
+        given = config.target_modules
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config.target_modules = given  # BaseTuner writes in what all-linear means for this model
+
+    def _prepare_adapter_config(self, peft_config: TTLoraConfig, model_config: dict) -> TTLoraConfig:
+        return peft_config
+
+    def _prepare_model(self, peft_config: TTLoraConfig, model: nn.Module) -> None:
+        """Check the targets and their factors, before any layer is replaced."""
+        layers = self._targets(peft_config, model)
+        for name, layer in layers.items():
+            _factors_of(name, layer, peft_config)
+        for key in peft_config.factors if isinstance(peft_config.factors, dict) else ():
+            if not any(_has_suffix(name, key) for name in layers):
+                raise ValueError(
+                    f"tt_lora.factors: {key!r} is none of the target modules, whose names end with {_endings(layers)}."
+                )
+
+    def _targets(self, config: TTLoraConfig, model: nn.Module) -> dict[str, nn.Module]:
+        modules = _unwrapped_modules(model)
+        linear = {name: module for name, module in modules.items() if linear_shape(module) is not None}
+        targets = config.target_modules
+        if targets == "all-linear":
+            return linear
+        matched = {n: module for n, module in modules.items() if n and self._check_target_module_exists(config, n)}
+        if isinstance(targets, list):
+            unmatched = [repr(t) for t in targets if not any(_has_suffix(name, t) for name in matched)]
+        else:
+            unmatched = [] if matched else [f"the regular expression {targets!r}"]
+        if unmatched:
+            raise ValueError(
+                f"tt_lora.target_modules: {', '.join(unmatched)} matches no module of {type(model).__name__}. The "
+                f"names of its linear layers end with {_endings(linear)}."
+            )
+        for name in matched:
+            if name not in linear:
+                raise ValueError(
+                    f"tt_lora.target_modules: {targets!r} matches {name}, which is no linear layer but "
+                    f"{type(matched[name]).__name__}. The names of the linear layers end with {_endings(linear)}."
+                )
+        return matched
+
+    def _create_and_replace(
+        self,
+        peft_config: TTLoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        layer = target
+        if not isinstance(target, TTLoraLinear):
+            layer = TTLoraLinear(target)
+            self._replace_module(parent, target_name, layer, target)
+        factors = _factors_of(current_key, layer.get_base_layer(), peft_config)
+        layer.update_layer(adapter_name, peft_config, factors)
+
+    def parameter_rows(self, adapter_name: str = "default") -> list[ParameterRow]:
+        """What is trainable in the model, by part: the adapter's cores, and anything else (nothing)."""
+        cores = []
+        for layer in self.model.modules():
+            if isinstance(layer, TTLoraLinear) and adapter_name in layer.tt_config:
+                cores += [core for side in layer.cores(adapter_name) for core in side]
+        own = {id(core) for core in cores}
+        other = [p for p in self.model.parameters() if p.requires_grad and id(p) not in own]
+        return [parameter_row("cores", cores), parameter_row("other", other)]
+
+
+def _unwrapped_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules by name as they were before any adapter."""
+    modules, inside = {}, ()
+    for name, module in model.named_modules():
+        if name.startswith(inside):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside += (f"{name}.",)
+            module = module.get_base_layer()
+        modules[name] = module
+    return modules
+
+
+def _factors_of(name: str, layer: nn.Module, config: TTLoraConfig) -> Factors:
+    if layer.weight.dtype not in _WEIGHT_DTYPES:
+        raise ValueError(
+            f"tt_lora.target_modules: {name} is quantised ({layer.weight.dtype}), which is not supported. Load the "
+            "base model in bf16."
+        )
+    in_features, out_features = linear_shape(layer)
+    keys = [key for key in config.factors if _has_suffix(name, key)] if isinstance(config.factors, dict) else []
+    if not keys:
+        return auto_factors(in_features, out_features, config.rank, config.num_cores)
+    key = max(keys, key=len)  # the most specific one
+    factors = Factors(tuple(config.factors[key]["in"]), tuple(config.factors[key]["out"]))
+    for side, size, values in (("in", in_features, factors.inputs), ("out", out_features, factors.outputs)):
+        check_product(values, size, f"tt_lora.factors: {key}.{side}: {name} has {size} {side}puts")
+    return factors
+
+
+def _has_suffix(name: str, suffix: str) -> bool:
+    return name == suffix or name.endswith(f".{suffix}")
+
+
+def _endings(layers: dict[str, nn.Module]) -> str:
+    return ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
