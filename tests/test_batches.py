@@ -1,8 +1,9 @@
 """Real tokens and padding, as the host's collators lay them out."""
 
+import pytest
 import torch
 
-from axolotl_moe_peft.batches import real_token_mask
+from axolotl_moe_peft.batches import Sequences, find_sequences, real_token_mask
 
 
 def mask_of(**batch) -> list[int]:
@@ -51,3 +52,70 @@ def test_rows_differ_and_block_masks_do_not_confuse():
         torch.tensor([[5, 6, -100, -100], [-100, 6, 7, 8]]),
     )
     assert mask.int().tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+
+
+def sequences_of(router_input: str = "prompt", **batch) -> Sequences:
+    return find_sequences({name: torch.tensor(value) for name, value in batch.items()}, router_input)
+
+
+def test_rows_are_sequences_and_the_prompt_ends_before_the_first_label():
+    found = sequences_of(
+        input_ids=[[5, 6, 7, 8, 0, 0], [0, 0, 5, 6, 7, 8]],
+        attention_mask=[[1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1]],
+        labels=[[-100, -100, 7, -100, -100, -100], [-100, -100, -100, -100, -100, 8]],
+    )
+    assert found.count == 2
+    assert found.index_BS.tolist() == [[0, 0, 0, 0, -1, -1], [-1, -1, 1, 1, 1, 1]]
+    # the label-free token after the first label (an end of turn, say) is answer, not prompt
+    assert found.prompt_BS.int().tolist() == [[1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 1, 0]]
+    assert found.last_prompt_token().tolist() == [1, 10]
+
+
+def test_packed_segments_are_sequences_and_the_filling_is_none():
+    found = sequences_of(
+        input_ids=[[5, 6, 7, 5, 8, 0, 0], [5, 6, 5, 6, 7, 8, 9]],
+        position_ids=[[0, 1, 2, 0, 1, 0, 1], [0, 1, 0, 1, 2, 3, 4]],
+        labels=[[-100, -100, 7, -100, 8, -100, -100], [-100, 6, -100, -100, -100, 8, 9]],
+    )
+    assert found.count == 4
+    assert found.index_BS.tolist() == [[0, 0, 0, 1, 1, -1, -1], [2, 2, 3, 3, 3, 3, 3]]
+    assert found.last_prompt_token().tolist() == [1, 3, 7, 11]
+
+
+def test_numbers_in_the_attention_mask_tell_segments():
+    found = sequences_of(input_ids=[[5, 6, 5, 6, 0]], attention_mask=[[1, 1, 2, 2, 0]])
+    assert found.index_BS.tolist() == [[0, 0, 1, 1, -1]]
+
+
+def test_without_labels_everything_real_is_prompt_whatever_generation_gives_padding_as_positions():
+    found = sequences_of(
+        input_ids=[[0, 0, 5, 6], [5, 6, 7, 8]],
+        attention_mask=[[0, 0, 1, 1], [1, 1, 1, 1]],
+        position_ids=[[0, 0, 0, 1], [0, 1, 2, 3]],
+    )
+    assert found.index_BS.tolist() == [[-1, -1, 0, 0], [1, 1, 1, 1]]
+    assert found.last_prompt_token().tolist() == [3, 7]
+    assert sequences_of(input_ids=[[5, 6], [7, 8]]).index_BS.tolist() == [[0, 0], [1, 1]]
+
+
+def test_a_row_of_padding_has_no_sequence():
+    found = sequences_of(input_ids=[[0, 0], [5, 6]], attention_mask=[[0, 0], [1, 1]])
+    assert found.count == 1
+    assert found.last_prompt_token().tolist() == [3]
+
+
+def test_prompt_mean_is_that_of_each_sequences_prompt():
+    found = sequences_of(
+        input_ids=[[5, 6, 7, 5, 8, 9]], position_ids=[[0, 1, 2, 0, 1, 2]], labels=[[-100, -100, 7, -100, 8, 9]]
+    )
+    x = torch.randn(1, 6, 4, dtype=torch.bfloat16)
+    expected = torch.stack([x[0, 0:2].float().mean(0), x[0, 3].float()])
+    torch.testing.assert_close(found.prompt_mean(x), expected)
+
+
+def test_a_sequence_without_prompt_is_an_error_that_names_the_way_out():
+    row = {"input_ids": [[5, 6, 5, 6]], "position_ids": [[0, 1, 0, 1]], "labels": [[-100, 6, 5, 6]]}
+    with pytest.raises(ValueError, match="1 of 2 sequences .*train_on_inputs: false.*router_input: sequence"):
+        sequences_of(**row)
+    whole = sequences_of("sequence", **row)
+    assert whole.last_prompt_token().tolist() == [1, 3]
