@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -13,8 +13,14 @@ from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
 from .perft import PerftConfig
 from .tt_lora import TTLoraConfig
+from .tt_lora_moe import TTLoraMoeConfig
+from .tt_lora_moe.experts import could_be_on_the_hub, read_expert
 
-CONFIGS: dict[str, type[PeftConfig]] = {"perft": PerftConfig, "tt_lora": TTLoraConfig}
+CONFIGS: dict[str, type[PeftConfig]] = {
+    "perft": PerftConfig,
+    "tt_lora": TTLoraConfig,
+    "tt_lora_moe": TTLoraMoeConfig,
+}
 
 # Keys of the host's LoRA that an own key of the block replaces.
 _REPLACED = {
@@ -51,7 +57,14 @@ _MEANINGLESS = (
 )
 _QUANTISED = ("load_in_4bit", "load_in_8bit", "gptq", "quantize_moe_experts", "model_quantization_config")
 # What may differ between a saved adapter and the YAML that continues its training: it shapes training, not the model.
-_TRAINING_FIELDS = ("dropout", "init", "router_aux_loss_coef", "router_z_loss_coef", "base_router_aux_loss_coef")
+_TRAINING_FIELDS = (
+    "dropout",
+    "init",
+    "router_aux_loss_coef",
+    "router_z_loss_coef",
+    "base_router_aux_loss_coef",
+    "experts",  # a saved pool has its experts in it; those that the YAML has beside them are added
+)
 # Keys that one setting of the block makes meaningless: (key, setting, value of the setting with which it counts).
 _COUNTS_ONLY_WITH = {
     "perft": (
@@ -61,11 +74,19 @@ _COUNTS_ONLY_WITH = {
         ("router_z_loss_coef", "variant", "routed"),
     ),
     "tt_lora": (),
+    "tt_lora_moe": (),
 }
 # Why an adapter cannot be merged; those that are not here can.
 _UNMERGEABLE = {
     "perft": "it runs in parallel with the MoE block, partly chosen per token, and no weight of the base model "
-    "computes that"
+    "computes that",
+    "tt_lora_moe": "which expert acts is chosen for each sequence, and no weight of the base model computes that; "
+    "merge a single expert's own tt_lora adapter instead",
+}
+# Why an adapter cannot be trained by a method of `rl:`.
+_SUPERVISED_ONLY = {
+    "tt_lora_moe": "its router is trained on the prompts of labelled rows, and the trainers of `rl:` call the model "
+    "without labels",
 }
 
 
@@ -93,6 +114,7 @@ def _default(field: dataclasses.Field) -> dict[str, Any]:
 
 PerftBlock = _block_model(PerftConfig)
 TTLoraBlock = _block_model(TTLoraConfig)
+TTLoraMoeBlock = _block_model(TTLoraMoeConfig)
 
 
 class MoePeftArgs(BaseModel):
@@ -100,6 +122,9 @@ class MoePeftArgs(BaseModel):
 
     perft: PerftBlock | None = Field(default=None, description="PERFT adapters; needs `adapter: perft`.")
     tt_lora: TTLoraBlock | None = Field(default=None, description="TT-LoRA adapters; needs `adapter: tt_lora`.")
+    tt_lora_moe: TTLoraMoeBlock | None = Field(
+        default=None, description="A router over trained TT-LoRA experts; needs `adapter: tt_lora_moe`."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -132,6 +157,10 @@ class MoePeftArgs(BaseModel):
                     f"`{key}` does not work with `adapter: {adapter}`: Axolotl quantises the base only for its own "
                     "lora and qlora. Remove the key and load the base in bf16."
                 )
+        if data.get("rl") and adapter in _SUPERVISED_ONLY:
+            raise ValueError(
+                f"`rl: {data['rl']}` does not work with `adapter: {adapter}`: {_SUPERVISED_ONLY[adapter]}."
+            )
         if data.get("merge_lora") and adapter in _UNMERGEABLE:
             raise ValueError(
                 f"`axolotl merge-lora` cannot merge an adapter of type {adapter}: {_UNMERGEABLE[adapter]}. Nothing "
@@ -168,9 +197,64 @@ class MoePeftArgs(BaseModel):
                     f"{setting}: {value}."
                 )
         folder = getattr(self, "lora_model_dir", None)
-        if folder and not _could_be_on_the_hub(folder):  # else PEFT downloads it once the model is loaded
-            check_saved_adapter(config, folder)
+        if folder and could_be_on_the_hub(folder):
+            return self  # PEFT downloads it once the model is loaded
+        saved = check_saved_adapter(config, folder) if folder else None
+        if adapter == "tt_lora_moe":
+            for expert in config.experts:
+                if not could_be_on_the_hub(expert["path"]) and expert["name"] not in (
+                    saved.expert_names if saved else ()
+                ):
+                    read_expert(expert, getattr(self, "base_model", None))
         return self
+
+
+def check_dataset_experts(data: Mapping[str, Any]) -> None:
+    """Check `expert:` of the datasets, the router's label, and that there are prompts to read.
+
+    Args:
+        data: the raw YAML. Validation is too late: Axolotl's schema drops the key before any other check.
+
+    Raises:
+        ValueError: a name is missing, unknown or without meaning, or the rows have no prompts.
+    """
+    adapter = data.get("adapter")
+    training = [(f"datasets[{i}]", dataset) for i, dataset in enumerate(data.get("datasets") or [])]
+    testing = [(f"test_datasets[{i}]", dataset) for i, dataset in enumerate(data.get("test_datasets") or [])]
+    if adapter != "tt_lora_moe":
+        for what, dataset in training + testing:
+            if dataset.get("expert") is not None:
+                raise ValueError(f"{what}.expert means nothing with `adapter: {adapter}`; remove it.")
+        return
+    block = data.get(adapter) or {}
+    names = expert_names(data)
+    if data.get("pretraining_dataset"):
+        raise ValueError("`pretraining_dataset` does not work with `adapter: tt_lora_moe`; use `datasets`.")
+    for what, dataset in training + testing:
+        if dataset.get("expert") is None and (what, dataset) in training:
+            raise ValueError(
+                f"{what} ({dataset.get('path')}) has no `expert:`; name the expert that its rows belong to, which is "
+                f"the router's label: one of {', '.join(map(str, names))}."
+            )
+        if names and dataset.get("expert") is not None and dataset["expert"] not in names:
+            raise ValueError(
+                f"{what}.expert: {dataset['expert']!r} is no name in tt_lora_moe.experts; use one of "
+                f"{', '.join(map(str, names))}."
+            )
+        completion = str(dataset.get("type")).partition(":")[0] == "completion"
+        if block.get("router_input", "prompt") == "prompt" and (completion or data.get("train_on_inputs")):
+            key = f"{what}.type: {dataset['type']}" if completion else "train_on_inputs: true"
+            raise ValueError(
+                f"`{key}` leaves no prompts that the router could read; it reads what comes before the first "
+                "supervised token. Use a type with prompts and `train_on_inputs: false`, or let the router read whole "
+                "sequences with `router_input: sequence` in the `tt_lora_moe:` block, in training and at inference."
+            )
+
+
+def expert_names(data: Mapping[str, Any]) -> list[Any]:
+    """Names of the experts in the raw YAML's `tt_lora_moe:` block."""
+    experts = (data.get("tt_lora_moe") or {}).get("experts")
+    return [e.get("name") for e in experts if isinstance(e, dict)] if isinstance(experts, list) else []
 
 
 def _check_keys_of_the_block(adapter: str, block: dict[str, Any]) -> None:
@@ -182,8 +266,8 @@ def _check_keys_of_the_block(adapter: str, block: dict[str, Any]) -> None:
             raise ValueError(f"{adapter}.{key}: no such key; {hint}The keys are {', '.join(known)}.")
 
 
-def check_saved_adapter(config: PeftConfig, folder: str) -> None:
-    """Check that a saved adapter is what the YAML's block describes.
+def check_saved_adapter(config: PeftConfig, folder: str) -> PeftConfig:
+    """Check that a saved adapter is what the YAML's block describes, and return its config.
 
     Args:
         config: the block as a PEFT config.
@@ -194,7 +278,7 @@ def check_saved_adapter(config: PeftConfig, folder: str) -> None:
             in more than what shapes training only.
     """
     path = Path(folder)
-    if not _could_be_on_the_hub(folder):
+    if not could_be_on_the_hub(folder):
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             if not (path / name).is_file():
                 raise ValueError(f"lora_model_dir: {folder!r} holds no {name}; give the folder of a saved adapter.")
@@ -214,7 +298,10 @@ def check_saved_adapter(config: PeftConfig, folder: str) -> None:
                 f"the block says {name}: {given!r}, but the adapter in {folder!r} was made with {made_with!r}. Make "
                 "the block the same as the saved adapter_config.json."
             )
-
-
-def _could_be_on_the_hub(folder: str) -> bool:
-    return not Path(folder).is_dir() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", folder) is not None
+    if isinstance(saved, TTLoraMoeConfig) and config.expert_names[: len(saved.experts)] != saved.expert_names:
+        raise ValueError(
+            f"tt_lora_moe.experts: the pool in {folder!r} has the experts {', '.join(saved.expert_names)}, the block "
+            f"{', '.join(config.expert_names)}. List those of the pool first, in its order (their paths may be gone), "
+            "and new ones behind them."
+        )
+    return saved

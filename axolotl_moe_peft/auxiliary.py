@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -85,14 +84,31 @@ class RouterStatistics:
 
     def _reset(self) -> None:
         self._totals: dict[str, Tensor] = {}
-        self._records: dict[str, int] = defaultdict(int)
         self._counts: dict[str, Tensor] = {}
+        self._experts: Sequence[str] = ()
 
-    def record_loss(self, name: str, value: Tensor) -> None:
-        """Add one layer's loss (0-dim) of one micro-batch to the mean of `name`."""
-        value = value.detach()
-        self._totals[name] = self._totals[name] + value if name in self._totals else value
-        self._records[name] += 1
+    def record(self, name: str, value: Tensor) -> None:
+        """Add one value (0-dim), such as one layer's loss of one micro-batch, to the mean of `name`."""
+        self._add(name, value.detach().view(1), torch.ones(1, device=value.device))
+
+    def record_by_expert(self, name: str, values_N: Tensor, labels_N: Tensor, experts: Sequence[str]) -> None:
+        """Add the values of N sequences to the mean of `name` and to those of their right experts, `name`/`expert`.
+
+        Args:
+            name: of the figure.
+            values_N: (N,).
+            labels_N: int64 (N,), index of each sequence's right expert; those below 0 are left out.
+            experts: names of all experts.
+        """
+        by_label = torch.stack([values_N.detach().float(), torch.ones_like(values_N, dtype=torch.float32)])
+        slots_N = torch.where(labels_N < 0, len(experts), labels_N)
+        totals, counts = by_label.new_zeros(2, len(experts) + 1).index_add(1, slots_N, by_label)[:, :-1]
+        self._add(name, totals, counts)
+        self._experts = experts
+
+    def _add(self, name: str, totals: Tensor, counts: Tensor) -> None:
+        new = torch.stack([totals.float(), counts])
+        self._totals[name] = self._totals[name] + new if name in self._totals else new
 
     def record_usage(self, layer: str, counts_N: Tensor) -> None:
         """Add one layer's choices per expert, (N,), of one micro-batch."""
@@ -105,14 +121,16 @@ class RouterStatistics:
             reduce: sums a tensor over the processes of a distributed run (every process must call).
 
         Returns:
-            The losses' means over layers, micro-batches and processes, and `usage_figures` if anything was routed.
+            The means over all that was recorded in all processes, and `usage_figures` if anything was routed.
         """
         figures = {}
-        for name, total in self._totals.items():
-            total_and_records = reduce(
-                torch.stack([total.float(), torch.full_like(total, self._records[name]).float()])
-            )
-            figures[name] = (total_and_records[0] / total_and_records[1]).item()
+        for name, totals_and_counts in self._totals.items():
+            totals, counts = reduce(totals_and_counts).tolist()
+            if sum(counts):
+                figures[name] = sum(totals) / sum(counts)
+            for expert, total, count in zip(self._experts, totals, counts):
+                if count:
+                    figures[f"{name}/{expert}"] = total / count
         if self._counts:
             sizes = {counts.numel() for counts in self._counts.values()}
             per_size = [
@@ -157,7 +175,7 @@ class AuxiliaryLosses:
             token_mask=real_token_mask(
                 *(batch.get(k) for k in ("input_ids", "attention_mask", "position_ids", "labels"))
             ),
-            share=_share_of_accumulated_batch(batch),
+            share=share_of_accumulated_batch(batch),
             scale=self.loss_scale,
         )
 
@@ -179,7 +197,7 @@ class AuxiliaryLosses:
             forward_pass.scale = gradient * forward_pass.share
 
 
-def _share_of_accumulated_batch(batch: dict[str, Any]) -> Tensor | float:
+def share_of_accumulated_batch(batch: dict[str, Any]) -> Tensor | float:
     num_items_in_batch = batch.get("num_items_in_batch")
     if num_items_in_batch is None:
         return 1.0

@@ -1,8 +1,9 @@
-"""MoePeftPlugin: lets Axolotl train the methods of this package. The only module that imports axolotl."""
+"""MoePeftPlugin: lets Axolotl train the methods of this package."""
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Any, Literal
 
 from .versions import check_version
 
@@ -14,6 +15,7 @@ from axolotl.loaders.utils import load_model_config  # noqa: E402
 from axolotl.utils.dict import DictDefault  # noqa: E402
 from axolotl.utils.logging import get_logger  # noqa: E402
 from peft import PeftConfig, PeftModel, get_peft_model  # noqa: E402
+from peft.tuners.tuners_utils import BaseTuner  # noqa: E402
 from safetensors import SafetensorError  # noqa: E402
 from transformers import (  # noqa: E402
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -26,15 +28,33 @@ from transformers import (  # noqa: E402
     TrainingArguments,
 )
 
-from .args import CONFIGS, check_saved_adapter  # noqa: E402
-from .auxiliary import AuxiliaryLosses  # noqa: E402
+from .args import (  # noqa: E402
+    CONFIGS,
+    check_dataset_experts,
+    check_saved_adapter,
+    could_be_on_the_hub,
+    expert_names,
+)
+from .dataset_experts import COLUMN, ExpertLabelCollator, tag_dataset  # noqa: E402
 from .summary import format_table  # noqa: E402
+from .tt_lora_moe import TTLoraMoeConfig  # noqa: E402
 
 LOG = get_logger(__name__)
 
 
 class MoePeftPlugin(BasePlugin):
-    """Adds `adapter: perft` and its block to Axolotl."""
+    """Adds the adapters of this package and their blocks to Axolotl."""
+
+    def register(self, cfg: dict[str, Any]) -> None:
+        check_dataset_experts(cfg)
+        if cfg.get("adapter") != "tt_lora_moe" or cfg.get("inference") or cfg.get("merge_lora"):
+            return
+        datasets, names = cfg.get("datasets") or [], expert_names(cfg)
+        for name in names:
+            if not any(dataset.get("expert") == name for dataset in datasets):
+                LOG.warning("no dataset has `expert: %s`: the router does not learn to choose it", name)
+        for dataset in [*datasets, *(cfg.get("test_datasets") or [])]:
+            tag_dataset(dataset, names)
 
     def get_input_args(self) -> str:
         return "axolotl_moe_peft.args.MoePeftArgs"
@@ -66,20 +86,25 @@ class MoePeftPlugin(BasePlugin):
         if cfg.peft_autocast_adapter_dtype is not None:
             kwargs["autocast_adapter_dtype"] = cfg.peft_autocast_adapter_dtype
         if cfg.lora_model_dir:
-            check_saved_adapter(config, cfg.lora_model_dir)
+            saved = _config_of_saved(config, cfg.lora_model_dir)
             try:
                 model = PeftModel.from_pretrained(
-                    model, cfg.lora_model_dir, config=config, is_trainable=not inference, **kwargs
+                    model, cfg.lora_model_dir, config=saved, is_trainable=not inference, **kwargs
                 )
             except (RuntimeError, SafetensorError) as error:
                 raise ValueError(f"lora_model_dir: {cfg.lora_model_dir!r} cannot be loaded: {error}") from None
+            _add_experts(model, config)
         else:
             model = get_peft_model(model, config, **kwargs)
         _log_what_is_trained(model, cfg)
         return model, config
 
     def add_callbacks_post_trainer(self, cfg: DictDefault, trainer: Trainer) -> list[TrainerCallback]:
-        return [AdapterCallback(cfg, trainer)] if cfg.adapter in CONFIGS else []
+        if cfg.adapter not in CONFIGS:
+            return []
+        if cfg.adapter == "tt_lora_moe":
+            _collate_expert_labels(trainer)
+        return [AdapterCallback(cfg, trainer)]
 
 
 class AdapterCallback(TrainerCallback):
@@ -89,6 +114,7 @@ class AdapterCallback(TrainerCallback):
         self.cfg = cfg
         self.trainer = trainer
         self.fresh = not cfg.lora_model_dir
+        self.prediction_steps = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -96,17 +122,24 @@ class AdapterCallback(TrainerCallback):
         self.fresh = False
         if not self.trainer.is_deepspeed_enabled:  # DeepSpeed's optimiser holds flat copies
             _check_optimizer(kwargs["model"], kwargs["optimizer"])
-        auxiliary = self._auxiliary(kwargs["model"])
+        auxiliary = getattr(self._tuner(kwargs["model"]), "auxiliary", None)
         if self.cfg.rl and auxiliary is not None:  # these trainers compute the loss outside the model
             auxiliary.loss_scale = 1 / args.gradient_accumulation_steps
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        auxiliary = self._auxiliary(kwargs["model"])
-        if auxiliary is not None and control.should_log and hasattr(self.trainer, "store_metrics"):
-            figures = auxiliary.statistics.pop(lambda tensor: self.trainer.accelerator.reduce(tensor, "sum"))
-            self.trainer.store_metrics(figures, train_eval="train")
+        if control.should_log:
+            self._store(self._tuner(kwargs["model"]), "train")
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.prediction_steps += 1
+        # the host logs the evaluation before it tells of its end
+        if self.prediction_steps == len(kwargs["eval_dataloader"]):
+            self.prediction_steps = 0
+            self._store(self._tuner(kwargs["model"]), "eval")
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -115,9 +148,17 @@ class AdapterCallback(TrainerCallback):
             LOG.warning("evaluated a new, untrained adapter; name the trained one's folder with --lora-model-dir")
             self.fresh = False
 
-    def _auxiliary(self, model: torch.nn.Module) -> AuxiliaryLosses | None:
-        """The router losses; None of a method without a router."""
-        return getattr(self.trainer.accelerator.unwrap_model(model).base_model, "auxiliary", None)
+    def _tuner(self, model: torch.nn.Module) -> BaseTuner:
+        return self.trainer.accelerator.unwrap_model(model).base_model
+
+    def _store(self, tuner: BaseTuner, mode: Literal["train", "eval"]) -> None:
+        """Put what the tuner has recorded since the last time on the host's next log line."""
+        statistics = getattr(tuner, {"train": "statistics", "eval": "eval_statistics"}[mode], None)
+        if statistics is None or not hasattr(self.trainer, "store_metrics"):
+            return
+        figures = statistics.pop(lambda tensor: self.trainer.accelerator.reduce(tensor, "sum"))
+        prefix = "eval_" if mode == "eval" else ""
+        self.trainer.store_metrics({f"{prefix}{name}": value for name, value in figures.items()}, train_eval=mode)
 
 
 def _peft_config(cfg: DictDefault) -> PeftConfig:
@@ -133,7 +174,36 @@ def _check_base_model(cfg: DictDefault) -> None:
         return  # remote code or a multimodal model: the check waits until it is loaded
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    get_peft_model(model, _peft_config(cfg))
+    config = _peft_config(cfg)
+    if cfg.lora_model_dir and not could_be_on_the_hub(cfg.lora_model_dir):
+        _add_experts(get_peft_model(model, _config_of_saved(config, cfg.lora_model_dir)), config)
+    else:
+        get_peft_model(model, config)
+
+
+def _config_of_saved(config: PeftConfig, folder: str) -> PeftConfig:
+    """The YAML's block as a config for the saved adapter that it continues."""
+    saved = check_saved_adapter(config, folder)
+    if isinstance(config, TTLoraMoeConfig):  # its experts are in the adapter
+        return dataclasses.replace(config, experts=saved.experts)
+    return config
+
+
+def _add_experts(model: PeftModel, config: PeftConfig) -> None:
+    """Put the block's experts that a saved pool does not have into it."""
+    if isinstance(config, TTLoraMoeConfig):
+        for expert in config.experts[len(model.peft_config["default"].experts) :]:
+            LOG.info("adding the expert %s to the pool", expert["name"])
+            model.base_model.add_expert(expert["name"], expert["path"])
+
+
+def _collate_expert_labels(trainer: Trainer) -> None:
+    padding_side = trainer.processing_class.padding_side
+    trainer.data_collator = ExpertLabelCollator(trainer.data_collator, padding_side)
+    trainer.eval_data_collator = ExpertLabelCollator(trainer.eval_data_collator, padding_side)
+    # else the host drops the column of rows that it does not pack
+    trainer._set_signature_columns_if_needed()
+    trainer._signature_columns.append(COLUMN)
 
 
 def _log_what_is_trained(model: PeftModel, cfg: DictDefault) -> None:

@@ -252,5 +252,5 @@ def _flat_mask(forward_pass: ForwardPass, num_tokens: int) -> Tensor | None:
 
 def _weigh(loss: Tensor, coef: float, name: str, statistics: Any) -> Tensor:
     if statistics is not None:
-        statistics.record_loss(name, loss)
+        statistics.record(name, loss)
     return coef * loss

@@ -24,8 +24,8 @@ class PerftModel(Tuner):
         adapter_name: name of the adapter.
 
     Attributes:
-        auxiliary: the router losses' context and statistics; `auxiliary.statistics.pop()` reads the figures since the
-            last read.
+        auxiliary: the router losses' context.
+        statistics: what was measured of the routers in training; `.pop()` reads the figures since the last read.
 
     Raises:
         ValueError: nothing in the model fits the configuration.
@@ -40,6 +40,7 @@ class PerftModel(Tuner):
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self.auxiliary = AuxiliaryLosses(model)
+        self.statistics = self.auxiliary.statistics
 
     def _prepare_adapter_config(self, peft_config: PerftConfig, model_config: dict) -> PerftConfig:
         return peft_config

@@ -20,7 +20,7 @@ from .factors import Factors
 
 # In 16 bits a product with a dimension of 5 is not aligned, which tensor cores need; padding with zeros costs a CPU
 # less than a tenth. Both matrices are kept as (R, ...): as (..., R) their gradients took a CPU twice the time at 5.
-_RANK_MULTIPLE = 16
+RANK_MULTIPLE = 16
 _NORM_EPS = 1e-6  # the authors'
 
 
@@ -133,7 +133,7 @@ class TTLoraLinear(nn.Module, BaseTunerLayer):
 
     def _build(self, adapter_name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         down_RI, up_RO = build_matrices(*self.cores(adapter_name), self.tt_config[adapter_name].alpha)
-        padding = (0, 0, 0, -len(down_RI) % _RANK_MULTIPLE)
+        padding = (0, 0, 0, -len(down_RI) % RANK_MULTIPLE)
         return F.pad(down_RI, padding).to(dtype), F.pad(up_RO, padding).to(dtype)
 
     def train(self, mode: bool = True) -> TTLoraLinear:

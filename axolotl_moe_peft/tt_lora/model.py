@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from ..summary import ParameterRow, parameter_row
@@ -44,38 +44,14 @@ class TTLoraModel(Tuner):
 
     def _prepare_model(self, peft_config: TTLoraConfig, model: nn.Module) -> None:
         """Check the targets and their factors, before any layer is replaced."""
-        layers = self._targets(peft_config, model)
+        layers = target_layers(peft_config, model)
         for name, layer in layers.items():
-            _factors_of(name, layer, peft_config)
+            factors_of(name, layer, peft_config)
         for key in peft_config.factors if isinstance(peft_config.factors, dict) else ():
             if not any(_has_suffix(name, key) for name in layers):
                 raise ValueError(
                     f"tt_lora.factors: {key!r} is none of the target modules, whose names end with {_endings(layers)}."
                 )
-
-    def _targets(self, config: TTLoraConfig, model: nn.Module) -> dict[str, nn.Module]:
-        modules = _unwrapped_modules(model)
-        linear = {name: module for name, module in modules.items() if linear_shape(module) is not None}
-        targets = config.target_modules
-        if targets == "all-linear":
-            return linear
-        matched = {n: module for n, module in modules.items() if n and self._check_target_module_exists(config, n)}
-        if isinstance(targets, list):
-            unmatched = [repr(t) for t in targets if not any(_has_suffix(name, t) for name in matched)]
-        else:
-            unmatched = [] if matched else [f"the regular expression {targets!r}"]
-        if unmatched:
-            raise ValueError(
-                f"tt_lora.target_modules: {', '.join(unmatched)} matches no module of {type(model).__name__}. The "
-                f"names of its linear layers end with {_endings(linear)}."
-            )
-        for name in matched:
-            if name not in linear:
-                raise ValueError(
-                    f"tt_lora.target_modules: {targets!r} matches {name}, which is no linear layer but "
-                    f"{type(matched[name]).__name__}. The names of the linear layers end with {_endings(linear)}."
-                )
-        return matched
 
     def _create_and_replace(
         self,
@@ -91,7 +67,7 @@ class TTLoraModel(Tuner):
         if not isinstance(target, TTLoraLinear):
             layer = TTLoraLinear(target)
             self._replace_module(parent, target_name, layer, target)
-        factors = _factors_of(current_key, layer.get_base_layer(), peft_config)
+        factors = factors_of(current_key, layer.get_base_layer(), peft_config)
         layer.update_layer(adapter_name, peft_config, factors)
 
     def parameter_rows(self, adapter_name: str = "default") -> list[ParameterRow]:
@@ -103,6 +79,36 @@ class TTLoraModel(Tuner):
         own = {id(core) for core in cores}
         other = [p for p in self.model.parameters() if p.requires_grad and id(p) not in own]
         return [parameter_row("cores", cores), parameter_row("other", other)]
+
+
+def target_layers(config: TTLoraConfig, model: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers that `config.target_modules` matches, by name, as they were before any adapter.
+
+    Raises:
+        ValueError: a target matches nothing, or something else than linear layers.
+    """
+    modules = _unwrapped_modules(model)
+    linear = {name: module for name, module in modules.items() if linear_shape(module) is not None}
+    targets = config.target_modules
+    if targets == "all-linear":
+        return linear
+    matched = {n: module for n, module in modules.items() if n and BaseTuner._check_target_module_exists(config, n)}
+    if isinstance(targets, list):
+        unmatched = [repr(t) for t in targets if not any(_has_suffix(name, t) for name in matched)]
+    else:
+        unmatched = [] if matched else [f"the regular expression {targets!r}"]
+    if unmatched:
+        raise ValueError(
+            f"tt_lora.target_modules: {', '.join(unmatched)} matches no module of {type(model).__name__}. The "
+            f"names of its linear layers end with {_endings(linear)}."
+        )
+    for name in matched:
+        if name not in linear:
+            raise ValueError(
+                f"tt_lora.target_modules: {targets!r} matches {name}, which is no linear layer but "
+                f"{type(matched[name]).__name__}. The names of the linear layers end with {_endings(linear)}."
+            )
+    return matched
 
 
 def _unwrapped_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -118,7 +124,12 @@ def _unwrapped_modules(model: nn.Module) -> dict[str, nn.Module]:
     return modules
 
 
-def _factors_of(name: str, layer: nn.Module, config: TTLoraConfig) -> Factors:
+def factors_of(name: str, layer: nn.Module, config: TTLoraConfig) -> Factors:
+    """The factors that `config` gives the linear layer of this name.
+
+    Raises:
+        ValueError: given factors do not multiply to its shape, or it is quantised.
+    """
     if layer.weight.dtype not in _WEIGHT_DTYPES:
         raise ValueError(
             f"tt_lora.target_modules: {name} is quantised ({layer.weight.dtype}), which is not supported. Load the "

@@ -1,0 +1,6 @@
+from .config import TTLoraMoeConfig
+from .layer import TTLoraPoolLinear
+from .model import TTLoraMoeModel
+from .router import PromptRouter
+
+__all__ = ["PromptRouter", "TTLoraMoeConfig", "TTLoraMoeModel", "TTLoraPoolLinear"]

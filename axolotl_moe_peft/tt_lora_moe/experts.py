@@ -1,0 +1,137 @@
+"""Reads trained tt_lora adapters as experts of a pool, and checks that they fit the base model and each other."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.utils import load_peft_weights
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from ..tt_lora import TTLoraConfig
+from ..tt_lora.layer import core_shapes
+from ..tt_lora.model import factors_of, target_layers
+from .config import POOLED_FIELDS
+from .layer import ExpertShapes
+
+_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One expert, and where its cores go.
+
+    Attributes:
+        entry: its entry in a saved pool's `experts`.
+        shapes: by name of the linear layer.
+        cores: a vector by name of the linear layer; None of an expert that is in a pool already.
+    """
+
+    entry: dict[str, Any]
+    shapes: dict[str, ExpertShapes]
+    cores: dict[str, Tensor] | None
+
+
+def load_experts(entries: list[dict[str, Any]], model: nn.Module) -> list[Expert]:
+    """The experts of these entries, for this base model.
+
+    Raises:
+        ValueError: an expert cannot be read, is no tt_lora adapter, was trained on another base model, or adapts other
+            modules than the first one. The message names it.
+    """
+    experts = [load_expert(entry, model) for entry in entries]
+    for expert in experts[1:]:
+        check_same_modules(expert, experts[0])
+    return experts
+
+
+def load_expert(entry: dict[str, Any], model: nn.Module) -> Expert:
+    """The expert of one entry, for this base model; see `load_experts`."""
+    what = f"tt_lora_moe.experts: {entry['name']}"
+    if "rank" in entry:
+        config, tensors = TTLoraConfig(**{key: entry[key] for key in POOLED_FIELDS}), None
+    else:
+        config, tensors = read_expert(entry, getattr(model, "name_or_path", ""))
+    try:
+        layers = target_layers(config, model)
+        factors = {name: factors_of(name, layer, config) for name, layer in layers.items()}
+    except ValueError as error:
+        raise ValueError(f"{what} does not fit {type(model).__name__}: {error}") from None
+    shapes, cores = {}, None if tensors is None else {}
+    for name in layers:
+        of_cores = core_shapes(factors[name], config.rank)
+        sides = [tuple(shape for core, shape in of_cores.items() if f"_{side}_" in core) for side in ("in", "out")]
+        shapes[name] = ExpertShapes(*sides, config.alpha)
+        if tensors is not None:
+            keys = {f"base_model.model.{name}.{core}": shape for core, shape in of_cores.items()}
+            for key, shape in keys.items():
+                if key not in tensors or tensors[key].shape != shape:
+                    found = tuple(tensors[key].shape) if key in tensors else "missing"
+                    raise ValueError(f"{what} ({entry['path']}): {key} is {found}, this base model needs {shape}.")
+            cores[name] = torch.cat([tensors.pop(key).flatten().float() for key in keys])
+    if tensors:
+        raise ValueError(f"{what} ({entry['path']}): this base model has no place for {next(iter(tensors))}.")
+    pooled = {key: getattr(config, key) for key in POOLED_FIELDS}
+    return Expert({"name": entry["name"], "path": entry["path"], **pooled}, shapes, cores)
+
+
+def read_expert(entry: dict[str, Any], base_model: str | None = None) -> tuple[TTLoraConfig, dict[str, Tensor]]:
+    """Read an expert's folder.
+
+    Args:
+        entry: {name, path}.
+        base_model: name or path of the base model, if it is known.
+
+    Raises:
+        ValueError: the folder is incomplete or unreadable, or it holds another method's adapter or that of another
+            base model.
+    """
+    path = entry["path"]
+    what = f"tt_lora_moe.experts: {entry['name']} ({path})"
+    missing = [name for name in _FILES if Path(path).is_dir() and not (Path(path) / name).is_file()]
+    if missing or not (Path(path).is_dir() or could_be_on_the_hub(path)):
+        raise ValueError(f"{what} holds no {(missing or _FILES)[0]}; give the folder of a trained tt_lora adapter.")
+    try:
+        config = PeftConfig.from_pretrained(path)
+        if not isinstance(config, TTLoraConfig):
+            raise ValueError(f"it is an adapter of type {config.peft_type.value}, not TT_LORA")
+        tensors = load_peft_weights(path, device="cpu")
+    except (KeyError, OSError, SafetensorError, TypeError, ValueError) as error:
+        raise ValueError(f"{what} cannot be taken as an expert: {error}.") from None
+    trained_on = config.base_model_name_or_path
+    if trained_on and base_model and _normalised(trained_on) != _normalised(base_model):
+        raise ValueError(
+            f"{what} was trained on the base model {trained_on!r}, not {base_model!r}. If both are the same model, "
+            "write the name into base_model_name_or_path of its adapter_config.json."
+        )
+    return config, tensors
+
+
+def check_same_modules(expert: Expert, first: Expert) -> None:
+    """Check that an expert adapts the modules that the first one does.
+
+    Raises:
+        ValueError: it adapts others.
+    """
+    for one, other in ((expert, first), (first, expert)):
+        for name in one.shapes:
+            if name not in other.shapes:
+                raise ValueError(
+                    f"tt_lora_moe.experts: {one.entry['name']} adapts {name}, {other.entry['name']} does not; all "
+                    "experts must have the same target_modules."
+                )
+
+
+def could_be_on_the_hub(path: str) -> bool:
+    """Whether it is no folder here and has the form of a repository's id."""
+    return not Path(path).is_dir() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) is not None
+
+
+def _normalised(name: str) -> str:
+    return os.path.realpath(name) if os.path.isdir(name) else name.rstrip("/")
