@@ -226,8 +226,10 @@ def check_dataset_experts(data: Mapping[str, Any]) -> None:
             if dataset.get("expert") is not None:
                 raise ValueError(f"{what}.expert means nothing with `adapter: {adapter}`; remove it.")
         return
-    block = data.get(adapter) or {}
     names = expert_names(data)
+    if not names:
+        return  # the block is wrong, which validation tells
+    block = data[adapter]
     if data.get("pretraining_dataset"):
         raise ValueError("`pretraining_dataset` does not work with `adapter: tt_lora_moe`; use `datasets`.")
     for what, dataset in training + testing:
@@ -236,7 +238,7 @@ def check_dataset_experts(data: Mapping[str, Any]) -> None:
                 f"{what} ({dataset.get('path')}) has no `expert:`; name the expert that its rows belong to, which is "
                 f"the router's label: one of {', '.join(map(str, names))}."
             )
-        if names and dataset.get("expert") is not None and dataset["expert"] not in names:
+        if dataset.get("expert") is not None and dataset["expert"] not in names:
             raise ValueError(
                 f"{what}.expert: {dataset['expert']!r} is no name in tt_lora_moe.experts; use one of "
                 f"{', '.join(map(str, names))}."
@@ -253,8 +255,9 @@ def check_dataset_experts(data: Mapping[str, Any]) -> None:
 
 def expert_names(data: Mapping[str, Any]) -> list[Any]:
     """Names of the experts in the raw YAML's `tt_lora_moe:` block."""
-    experts = (data.get("tt_lora_moe") or {}).get("experts")
-    return [e.get("name") for e in experts if isinstance(e, dict)] if isinstance(experts, list) else []
+    block = data.get("tt_lora_moe")
+    experts = block.get("experts") if isinstance(block, Mapping) else None
+    return [e.get("name") for e in experts if isinstance(e, Mapping)] if isinstance(experts, list) else []
 
 
 def _check_keys_of_the_block(adapter: str, block: dict[str, Any]) -> None:

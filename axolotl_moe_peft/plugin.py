@@ -47,9 +47,9 @@ class MoePeftPlugin(BasePlugin):
 
     def register(self, cfg: dict[str, Any]) -> None:
         check_dataset_experts(cfg)
-        if cfg.get("adapter") != "tt_lora_moe" or cfg.get("inference") or cfg.get("merge_lora"):
-            return
         datasets, names = cfg.get("datasets") or [], expert_names(cfg)
+        if cfg.get("adapter") != "tt_lora_moe" or not names or cfg.get("inference") or cfg.get("merge_lora"):
+            return
         for name in names:
             if not any(dataset.get("expert") == name for dataset in datasets):
                 LOG.warning("no dataset has `expert: %s`: the router does not learn to choose it", name)

@@ -91,7 +91,8 @@ def target_layers(config: TTLoraConfig, model: nn.Module) -> dict[str, nn.Module
     linear = {name: module for name, module in modules.items() if linear_shape(module) is not None}
     targets = config.target_modules
     if targets == "all-linear":
-        return linear
+        output_layer = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        return {name: module for name, module in linear.items() if module is not output_layer}
     matched = {n: module for n, module in modules.items() if n and BaseTuner._check_target_module_exists(config, n)}
     if isinstance(targets, list):
         unmatched = [repr(t) for t in targets if not any(_has_suffix(name, t) for name in matched)]
