@@ -1,0 +1,126 @@
+"""TT-LoRA MoE beside its base model: router steps, forward passes through the experts, and decoding.
+
+The base has the sizes of SmolLM2-135M (random weights); the experts are TT-LoRA of rank 5 on q_proj and v_proj.
+Decoding is one sequence with a cache; its other side is the base with one expert merged.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model
+from timing import DTYPES, Spread, argument_parser, describe_run, print_table, ratio, time_rounds
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from axolotl_moe_peft import TTLoraConfig, TTLoraMoeConfig
+
+BATCH, SEQUENCE, PROMPT, NEW_TOKENS = 8, 128, 64, 16
+FEW, MANY = 2, 64
+BASE = LlamaConfig(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    tie_word_embeddings=True,
+    pad_token_id=None,
+    eos_token_id=None,
+)
+RATIOS = (
+    ("training step, 64 experts", "training step, 2 experts"),
+    ("forward, 64 experts", "forward, 2 experts"),
+    ("training step, 2 experts", "forward, base"),
+    ("decoding, 64 experts", "decoding, merged expert"),
+)
+
+
+def build_base(device: str, dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(0)
+    return LlamaForCausalLM._from_config(BASE, dtype=dtype).requires_grad_(False).to(device).eval()
+
+
+def attach(base: nn.Module, folder: Path, num_experts: int) -> PeftModel:
+    """A pool beside the base's own parameters, not copies of them."""
+    model = copy.deepcopy(base, memo={id(parameter): parameter for parameter in base.parameters()})
+    entries = [{"name": f"e{e}", "path": str(folder / f"e{e % FEW}")} for e in range(num_experts)]
+    torch.manual_seed(1)
+    return get_peft_model(model, TTLoraMoeConfig(experts=entries, task_type="CAUSAL_LM"))
+
+
+def router_step(model: PeftModel, ids: torch.Tensor) -> Callable[[], None]:
+    model.train()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-4, fused=True)
+    labels = ids.clone()
+    labels[:, : SEQUENCE // 2] = -100
+    experts = torch.arange(len(ids), device=ids.device) % FEW
+
+    def step() -> None:
+        model.train()
+        model(input_ids=ids, labels=labels, expert_labels=experts).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def forward(model: nn.Module, ids: torch.Tensor) -> Callable[[], None]:
+    @torch.no_grad()
+    def call() -> None:
+        model.eval()(input_ids=ids, use_cache=False)
+
+    return call
+
+
+@torch.no_grad()
+def decoding(model: nn.Module, ids: torch.Tensor) -> Callable[[], None]:
+    prompt = ids[:1, :PROMPT]
+    cache = model.eval()(input_ids=prompt, use_cache=True).past_key_values
+
+    @torch.no_grad()
+    def call() -> None:
+        model.eval()
+        for _ in range(NEW_TOKENS):
+            model(input_ids=prompt[:, :1], past_key_values=cache, use_cache=True)
+        cache.crop(-NEW_TOKENS)
+
+    return call
+
+
+def main() -> None:
+    parser = argument_parser(__doc__, repeats=15)
+    parser.add_argument("--warmup", type=int, default=2, help="rounds before the measured ones")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    base = build_base(args.device, DTYPES[args.dtype])
+    ids = torch.randint(BASE.vocab_size, (BATCH, SEQUENCE), generator=torch.Generator().manual_seed(2))
+    ids = ids.to(args.device)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for e in range(FEW):
+            torch.manual_seed(e)
+            config = TTLoraConfig(task_type="CAUSAL_LM")
+            expert = get_peft_model(copy.deepcopy(base, memo={id(p): p for p in base.parameters()}), config)
+            expert.save_pretrained(folder / f"e{e}")
+        pools = {num_experts: attach(base, folder, num_experts) for num_experts in (FEW, MANY)}
+        merged = PeftModel.from_pretrained(copy.deepcopy(base), folder / "e0").merge_and_unload()
+    candidates = {"forward, base": forward(base, ids), "decoding, merged expert": decoding(merged, ids)}
+    for num_experts, model in pools.items():
+        candidates[f"training step, {num_experts} experts"] = router_step(model, ids)
+        candidates[f"forward, {num_experts} experts"] = forward(model, ids)
+        candidates[f"decoding, {num_experts} experts"] = decoding(model, ids)
+    times = time_rounds(candidates, args.device, args.repeats, args.warmup)
+    rows = [[f"{name}, ms", *Spread.of(figures).cells()] for name, figures in times.items()]
+    rows += [[f"{a} / {b}", *ratio(times, a, b).cells()] for a, b in RATIOS]
+    print(describe_run(args))
+    print_table(("measured", "median", "min", "max"), rows)
+
+
+if __name__ == "__main__":
+    main()
