@@ -1,0 +1,24 @@
+"""Sub-commands that this package adds to `axolotl`.
+
+A module of its own beside the package: `axolotl --help` imports it for one line of help, and importing the package
+imports PEFT.
+"""
+
+import click
+
+
+@click.command("export-tt-lora", short_help="write a TT-LoRA adapter as a plain PEFT LoRA")
+@click.argument("adapter")
+@click.argument("out_folder")
+def export_tt_lora(adapter: str, out_folder: str) -> None:
+    """Write the TT-LoRA adapter in the folder ADAPTER to OUT_FOLDER as a plain PEFT LoRA of the same rank.
+
+    The LoRA computes the same and needs nothing of axolotl-moe-peft, so that any server that takes a LoRA serves it.
+    """
+    from axolotl_moe_peft.tt_lora.export import export_to_lora
+
+    try:
+        tensors = export_to_lora(adapter, out_folder)
+    except (OSError, ValueError) as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(f"wrote {len(tensors)} tensors to {out_folder}")
