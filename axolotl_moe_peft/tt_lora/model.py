@@ -144,10 +144,10 @@ def _warn_of_waste(names: dict[Factors, list[str]], rank: int) -> None:
     for factors, (name, *others) in names.items():
         lowest = min(factors.true_ranks(rank))
         if lowest < rank:
-            of_all = f"{name} and {len(others)} more layers" if others else name
+            among = f" (one of {len(others) + 1} such layers)" if others else ""
             warnings.warn(
-                f"tt_lora.rank: {rank} is more than the cores {list(factors.tt_shape)} of {of_all} can hold: one of "
-                f"their cuts has rank {lowest}, and {factors.num_wasted(rank):,} of the "
+                f"tt_lora.rank: {rank} is more than the cores {list(factors.tt_shape)} of {name}{among} can hold: one "
+                f"of their cuts has rank {lowest}, and {factors.num_wasted(rank):,} of the "
                 f"{factors.num_parameters(rank):,} parameters of a layer are wasted. Use a lower rank, or larger "
                 "factors at the beginning of `in` and of `out`.",
                 stacklevel=2,

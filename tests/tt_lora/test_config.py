@@ -224,7 +224,7 @@ def test_factors_of_a_module_that_is_no_target_are_refused():
         (
             {"factors": {"q_proj": {"in": [2, 4, 4], "out": [4, 8]}}},
             [2, 4, 4, 8, 4],
-            "model.layers.0.self_attn.q_proj and 1 more layers",
+            "model.layers.0.self_attn.q_proj (one of 2 such layers)",
             2,
             110,
             430,
@@ -245,7 +245,7 @@ def test_factors_of_a_module_that_is_no_target_are_refused():
         (
             {"rank": 17, "target_modules": ["v_proj"], "num_cores": 2},
             [32, 16],
-            "model.layers.0.self_attn.v_proj and 1 more layers",
+            "model.layers.0.self_attn.v_proj (one of 2 such layers)",
             16,
             48,
             816,
