@@ -22,7 +22,7 @@ class Tuner(BaseTuner):
             return
         warnings.warn(
             f"autocast_adapter_dtype=False: adapter {adapter_name!r} trains in {self.model.dtype}; at usual learning "
-            "rates most updates of a router then round away.",
+            "rates most updates of a router then round away, and many of any other parameter.",
             stacklevel=2,
         )
         for name, parameter in self.model.named_parameters():

@@ -1,6 +1,7 @@
-"""The `perft:` block and its checks, through Axolotl's own reading of a YAML."""
+"""The adapters' blocks and their checks, through Axolotl's own reading of a YAML."""
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from axolotl.cli.config import load_cfg
 from axolotl.integrations.base import PluginManager
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.tee import close_debug_log
+from peft import PeftConfig
 
-from axolotl_moe_peft import PerftConfig
+from axolotl_moe_peft import PerftConfig, TTLoraConfig
 from tests.tiny_models import tiny_config
 
 PLUGIN = "axolotl_moe_peft.MoePeftPlugin"
@@ -34,14 +36,24 @@ DEFAULTS = {
     "target_modules": None,
     "layers_to_transform": None,
 }
-# keys of the host and a value, with the key of the block to write instead
+TT_LORA_DEFAULTS = {
+    "rank": 5,
+    "alpha": 16,
+    "dropout": 0.0,
+    "target_modules": ["q_proj", "v_proj"],
+    "factors": "auto",
+    "num_cores": None,
+    "init": "normalized",
+}
+ADAPTERS = ("perft", "tt_lora")
+# keys of the host and a value, with the key of the block to write instead: perft's, tt_lora's
 REPLACED = {
-    "lora_r": (8, "rank"),
-    "lora_alpha": (16, "alpha"),
-    "lora_dropout": (0.05, "dropout"),
-    "lora_target_modules": (["q_proj"], "target_modules"),
-    "lora_target_linear": (True, "target_modules"),
-    "peft_layers_to_transform": ([0], "layers_to_transform"),
+    "lora_r": (8, ("rank", "rank")),
+    "lora_alpha": (16, ("alpha", "alpha")),
+    "lora_dropout": (0.05, ("dropout", "dropout")),
+    "lora_target_modules": (["q_proj"], ("target_modules", "target_modules")),
+    "lora_target_linear": (True, ("target_modules", "target_modules")),
+    "peft_layers_to_transform": ([0], ("layers_to_transform", "target_modules")),
 }
 MEANINGLESS = {
     "lora_target_parameters": ["mlp.experts.gate_up_proj"],
@@ -75,6 +87,19 @@ WRONG_VALUES: dict[str, list[dict[str, Any]]] = {
     "router_z_loss_coef": [{"router_z_loss_coef": -0.01}],
     "base_router_aux_loss_coef": [{"base_router_aux_loss_coef": -0.01}],
     "norm_topk_prob": [{"norm_topk_prob": "perhaps"}],
+}
+TT_LORA_WRONG_VALUES: dict[str, list[dict[str, Any]]] = {
+    "rank": [{"rank": 0}, {"rank": -4}, {"rank": "wide"}],
+    "alpha": [{"alpha": 0}, {"alpha": "large"}],
+    "dropout": [{"dropout": 1.0}, {"dropout": -0.1}],
+    "target_modules": [{"target_modules": []}],
+    "factors": [
+        {"factors": {"q_proj": {"in": [32]}}},
+        {"factors": {"q_proj": {"in": [32], "out": [32], "rank": [4]}}},
+        {"factors": {"q_proj": {"in": [1, 32], "out": [32]}}},
+    ],
+    "num_cores": [{"num_cores": 1}, {"num_cores": 2.5}],
+    "init": [{"init": "zeros"}],
 }
 # blocks in which one key makes another meaningless
 MEANS_NOTHING = [
@@ -124,16 +149,23 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
     os.environ.update(environment)
 
 
-def adapter_config(cfg: DictDefault) -> PerftConfig:
+def keys_of(adapter: str, block: dict[str, Any] | None) -> dict[str, Any]:
+    """The keys of a YAML that choose this adapter and its block."""
+    return {"adapter": adapter, "perft": None, adapter: block}
+
+
+def adapter_config(cfg: DictDefault) -> PeftConfig:
     """The PEFT config that the host gets from the plugin."""
     model, config = PluginManager.get_instance().plugins[PLUGIN].load_adapter(None, cfg, config_only=True)
     assert model is None
     return config
 
 
-def test_empty_block_takes_the_documented_defaults(load: Load) -> None:
-    config = adapter_config(load(perft={}))
-    assert {key: getattr(config, key) for key in DEFAULTS} == DEFAULTS
+@pytest.mark.parametrize(("adapter", "defaults"), [("perft", DEFAULTS), ("tt_lora", TT_LORA_DEFAULTS)], ids=ADAPTERS)
+def test_empty_block_takes_the_documented_defaults(adapter: str, defaults: dict[str, Any], load: Load) -> None:
+    config = adapter_config(load(**keys_of(adapter, {})))
+    assert config.peft_type == adapter.upper()
+    assert {key: getattr(config, key) for key in defaults} == defaults
     assert config.task_type == "CAUSAL_LM"
 
 
@@ -161,6 +193,23 @@ def test_every_key_reaches_the_adapter(load: Load) -> None:
     assert adapter_config(load(perft={"alpha": 7})).alpha == 7
 
 
+def test_every_key_of_tt_lora_reaches_the_adapter(load: Load) -> None:
+    block = {
+        "rank": 6,
+        "alpha": 0.5,
+        "dropout": 0.1,
+        "target_modules": ["q_proj", "o_proj"],
+        "factors": {"self_attn.q_proj": {"in": [8, 4], "out": [4, 8]}},
+        "num_cores": 7,
+        "init": "zero",
+    }
+    assert block.keys() == TT_LORA_DEFAULTS.keys()
+    config = adapter_config(load(**keys_of("tt_lora", block)))
+    assert {key: getattr(config, key) for key in block} == block
+    for targets in ("all-linear", r".*layers\.0\..*q_proj"):
+        assert adapter_config(load(**keys_of("tt_lora", {"target_modules": targets}))).target_modules == targets
+
+
 @pytest.mark.parametrize(
     "block",
     [
@@ -179,15 +228,16 @@ def test_blocks_that_make_sense_pass(block: dict[str, Any], load: Load) -> None:
 
 def test_command_line_reaches_into_the_block(load: Load) -> None:
     assert adapter_config(load({"perft__rank": "8"}, perft={"variant": "single"})).rank == 8
+    assert adapter_config(load({"tt_lora__rank": "8"}, **keys_of("tt_lora", {"init": "zero"}))).rank == 8
 
 
+@pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize("key", REPLACED)
-def test_lora_keys_are_refused_with_the_key_to_write(key: str, load: Load) -> None:
+def test_lora_keys_are_refused_with_the_key_to_write(key: str, adapter: str, load: Load) -> None:
     value, own = REPLACED[key]
-    with pytest.raises(
-        ValueError, match=f"`{key}` means nothing with `adapter: perft`; write `{own}` in the `perft:`"
-    ):
-        load(**{key: value})
+    message = f"`{key}` means nothing with `adapter: {adapter}`; write `{own[ADAPTERS.index(adapter)]}` in the "
+    with pytest.raises(ValueError, match=f"{message}`{adapter}:`"):
+        load(**keys_of(adapter, {}), **{key: value})
 
 
 @pytest.mark.parametrize("key", MEANINGLESS)
@@ -196,16 +246,21 @@ def test_lora_keys_without_a_counterpart_are_refused(key: str, load: Load) -> No
         load(**{key: MEANINGLESS[key]})
 
 
+@pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize("key", QUANTISED)
-def test_quantised_bases_are_refused(key: str, load: Load) -> None:
-    with pytest.raises(ValueError, match=f"`{key}` does not work with `adapter: perft`"):
-        load(**{key: True})
+def test_quantised_bases_are_refused(key: str, adapter: str, load: Load) -> None:
+    with pytest.raises(ValueError, match=f"`{key}` does not work with `adapter: {adapter}`"):
+        load(**keys_of(adapter, {}), **{key: True})
 
 
-@pytest.mark.parametrize(("key", "block"), [(key, block) for key, blocks in WRONG_VALUES.items() for block in blocks])
-def test_wrong_values_are_refused_by_name(key: str, block: dict[str, Any], load: Load) -> None:
-    with pytest.raises(ValueError, match=rf"1 validation error(.|\n)*perft\.{key}\b"):
-        load(perft=block)
+@pytest.mark.parametrize(
+    ("adapter", "key", "block"),
+    [("perft", key, block) for key, blocks in WRONG_VALUES.items() for block in blocks]
+    + [("tt_lora", key, block) for key, blocks in TT_LORA_WRONG_VALUES.items() for block in blocks],
+)
+def test_wrong_values_are_refused_by_name(adapter: str, key: str, block: dict[str, Any], load: Load) -> None:
+    with pytest.raises(ValueError, match=rf"1 validation error(.|\n)*{adapter}\.{key}\b"):
+        load(**keys_of(adapter, block))
 
 
 @pytest.mark.parametrize(("key", "block"), MEANS_NOTHING)
@@ -214,21 +269,34 @@ def test_keys_that_mean_nothing_are_refused(key: str, block: dict[str, Any], loa
         load(perft=block)
 
 
-@pytest.mark.parametrize("misspelt", ["ranks", "num_expert", "r", "lora_alpha"])
-def test_unknown_keys_are_refused_by_name(misspelt: str, load: Load) -> None:
-    with pytest.raises(ValueError, match=rf"perft\.{misspelt}\b"):
-        load(perft={misspelt: 4})
+@pytest.mark.parametrize(
+    ("adapter", "misspelt"),
+    [(adapter, key) for adapter in ADAPTERS for key in ("ranks", "r", "lora_alpha")]
+    + [("perft", "num_expert"), ("tt_lora", "num_core"), ("tt_lora", "layers_to_transform")],
+)
+def test_unknown_keys_are_refused_by_name(adapter: str, misspelt: str, load: Load) -> None:
+    with pytest.raises(ValueError, match=rf"{adapter}\.{misspelt}\b"):
+        load(**keys_of(adapter, {misspelt: 4}))
 
 
+@pytest.mark.parametrize("block", ADAPTERS)
 @pytest.mark.parametrize("adapter", ["lora", "qlora", None])
-def test_block_under_another_adapter_is_refused(adapter: str | None, load: Load) -> None:
-    with pytest.raises(ValueError, match="Write `adapter: perft`, or remove the block"):
-        load(adapter=adapter, lora_r=8, lora_alpha=16, lora_target_modules=["q_proj"])
+def test_block_under_another_adapter_is_refused(adapter: str | None, block: str, load: Load) -> None:
+    with pytest.raises(ValueError, match=f"Write `adapter: {block}`, or remove the block"):
+        keys = keys_of(block, {}) | {"adapter": adapter}
+        load(**keys, lora_r=8, lora_alpha=16, lora_target_modules=["q_proj"])
 
 
-def test_adapter_without_its_block_is_refused(load: Load) -> None:
-    with pytest.raises(ValueError, match="`adapter: perft` needs a `perft:` block"):
-        load(perft=None)
+@pytest.mark.parametrize(("adapter", "other"), [ADAPTERS, ADAPTERS[::-1]])
+def test_one_adapters_block_under_the_other_is_refused(adapter: str, other: str, load: Load) -> None:
+    with pytest.raises(ValueError, match=f"`{other}:` is given, but `adapter:` is '{adapter}'"):
+        load(**{"adapter": adapter, adapter: {}, other: {}})
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_adapter_without_its_block_is_refused(adapter: str, load: Load) -> None:
+    with pytest.raises(ValueError, match=f"`adapter: {adapter}` needs a `{adapter}:` block"):
+        load(**keys_of(adapter, None))
 
 
 def test_other_adapters_work_beside_the_plugin(load: Load) -> None:
@@ -245,12 +313,21 @@ def test_merging_is_refused(load: Load) -> None:
         load({"merge_lora": True})
 
 
-def test_inference_needs_a_trained_adapter(load: Load, tmp_path: Path) -> None:
+def test_tt_lora_is_merged_in_memory_and_in_no_other_way(load: Load) -> None:
+    assert load({"merge_lora": True}, **keys_of("tt_lora", {})).merge_method == "legacy"
+    assert load({"merge_lora": True, "merge_method": "legacy"}, **keys_of("tt_lora", {})).merge_method == "legacy"
+    with pytest.raises(ValueError, match="`merge_method: memory_efficient` .* cannot merge .* Remove the key"):
+        load({"merge_lora": True, "merge_method": "memory_efficient"}, **keys_of("tt_lora", {}))
+
+
+@pytest.mark.parametrize(("adapter", "config"), [("perft", PerftConfig), ("tt_lora", TTLoraConfig)], ids=ADAPTERS)
+def test_inference_needs_a_trained_adapter(adapter: str, config: type[PeftConfig], load: Load, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="without `lora_model_dir`"):
-        load({"inference": True})
-    PerftConfig().save_pretrained(tmp_path / "adapter")
+        load({"inference": True}, **keys_of(adapter, {}))
+    config().save_pretrained(tmp_path / "adapter")
     (tmp_path / "adapter" / "adapter_model.safetensors").touch()
-    assert load({"inference": True, "lora_model_dir": str(tmp_path / "adapter")}).lora_model_dir
+    given = {"inference": True, "lora_model_dir": str(tmp_path / "adapter")}
+    assert load(given, **keys_of(adapter, {})).lora_model_dir
 
 
 def test_lora_model_dir_on_the_hub_waits_for_the_download(load: Load) -> None:
@@ -270,6 +347,24 @@ def test_lora_model_dir_must_agree_with_the_block(key: str, load: Load, tmp_path
     (tmp_path / "adapter" / "adapter_model.safetensors").touch()
     with pytest.raises(ValueError, match=rf"{key}: .* was made with {saved!r}"):
         load(lora_model_dir=str(tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize(
+    ("key", "saved"),
+    [
+        ("rank", 8),
+        ("alpha", 4),
+        ("target_modules", "all-linear"),
+        ("factors", {"q_proj": {"in": [32], "out": [32]}}),
+        ("num_cores", 4),
+    ],
+)
+def test_lora_model_dir_must_agree_with_the_block_of_tt_lora(key: str, saved: Any, load: Load, tmp_path: Path) -> None:
+    TTLoraConfig(**{key: saved}, dropout=0.1, init="zero").save_pretrained(tmp_path / "adapter")  # these may differ
+    (tmp_path / "adapter" / "adapter_model.safetensors").touch()
+    with pytest.raises(ValueError, match=f"{key}: .* was made with {re.escape(repr(saved))}"):
+        load(**keys_of("tt_lora", {}), lora_model_dir=str(tmp_path / "adapter"))
+    assert load(**keys_of("tt_lora", {key: saved}), lora_model_dir=str(tmp_path / "adapter")).lora_model_dir
 
 
 def test_lora_model_dir_may_differ_in_what_shapes_training(load: Load, tmp_path: Path) -> None:

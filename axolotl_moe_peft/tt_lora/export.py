@@ -1,11 +1,10 @@
 """Turns a TT-LoRA adapter into a plain LoRA of the same rank that computes the same, for hosts that know only LoRA.
 
-python -m axolotl_moe_peft.tt_lora.export ./outputs/my-adapter ./outputs/my-adapter-as-lora
+axolotl export-tt-lora ./outputs/my-adapter ./outputs/my-adapter-as-lora
 """
 
 from __future__ import annotations
 
-import argparse
 import logging
 from pathlib import Path
 
@@ -53,16 +52,19 @@ def export_to_lora(
     if not isinstance(config, TTLoraConfig):
         raise ValueError(f"the adapter is of type {config.peft_type.value}; only TT_LORA can be exported.")
     tensors = {}
-    for name, (cores_in, cores_out) in _by_layer(cores).items():
+    for name, (cores_in, cores_out) in _by_layer(cores, config.rank).items():
         down, up = build_matrices(cores_in, cores_out, alpha=1.0)
         tensors[f"{name}.lora_A.weight"] = down.detach().cpu().contiguous()
         tensors[f"{name}.lora_B.weight"] = up.T.detach().cpu().contiguous()
+    targets = config.target_modules
+    if targets == "all-linear":  # what PEFT means by it is more, routers among them
+        targets = sorted({key.removeprefix("base_model.model.").rpartition(".lora_")[0] for key in tensors})
     scale = config.alpha * config.rank  # PEFT divides by the rank
     lora = LoraConfig(
         r=config.rank,
         lora_alpha=int(scale) if scale == int(scale) else scale,
         lora_dropout=config.dropout,
-        target_modules=config.target_modules,
+        target_modules=targets,
         fan_in_fan_out=any(isinstance(m, Conv1D) for m in base.modules()) if base is not None else False,
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
@@ -82,12 +84,16 @@ def _read(folder: Path, out_folder: Path) -> tuple[PeftConfig, dict[str, Tensor]
     if folder.resolve() == out_folder.resolve():
         raise ValueError(f"the export would overwrite the adapter in {str(folder)!r}; give another folder for it.")
     try:
-        return PeftConfig.from_pretrained(str(folder)), load_file(folder / _WEIGHTS)
+        config = PeftConfig.from_pretrained(str(folder))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"the adapter_config.json of {str(folder)!r} cannot be read: {error!r}.") from error
+    try:
+        return config, load_file(folder / _WEIGHTS)
     except SafetensorError as error:
         raise ValueError(f"{str(folder / _WEIGHTS)!r} cannot be read: {error}.") from error
 
 
-def _by_layer(cores: dict[str, Tensor]) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
+def _by_layer(cores: dict[str, Tensor], rank: int) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
     """Input and output cores of each layer, from their names ...q_proj.ttcore_in_0 ..., ...q_proj.ttcore_out_0 ..."""
     sides: dict[str, dict[str, dict[int, Tensor]]] = {}
     for key, core in cores.items():
@@ -99,10 +105,11 @@ def _by_layer(cores: dict[str, Tensor]) -> dict[str, tuple[list[Tensor], list[Te
     layers = {}
     for name, found in sides.items():
         trains = [[found[side][k] for k in sorted(found[side])] for side in ("in", "out")]
-        ranks = [(core.shape[0], core.shape[2]) for train in trains for core in train]
-        complete = all(trains) and ranks[0][0] == ranks[-1][1] == 1
-        if not complete or any(sorted(part) != list(range(len(part))) for part in found.values()):
-            raise ValueError(f"cores of {name} are missing.")
+        cores_of_both = [*trains[0], *trains[1]]
+        ranks = [1, *[rank] * (len(cores_of_both) - 1), 1]
+        whole = all(trains) and all(sorted(part) == list(range(len(part))) for part in found.values())
+        if not whole or [tuple(core.shape[::2]) for core in cores_of_both] != [*zip(ranks, ranks[1:])]:
+            raise ValueError(f"cores of {name} are missing or not of rank {rank}.")
         layers[name] = (trains[0], trains[1])
     return layers
 
@@ -116,16 +123,3 @@ def _architecture(config: PeftConfig) -> torch.nn.Module | None:
     except (OSError, ValueError) as error:
         LOG.warning("no configuration of the base model %r (%s); taking its layers for nn.Linear", base, error)
         return None
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Write a TT-LoRA adapter as a plain PEFT LoRA of the same rank.")
-    parser.add_argument("adapter", help="folder of the saved TT-LoRA adapter")
-    parser.add_argument("out_folder", help="folder for the LoRA")
-    given = parser.parse_args(arguments)
-    tensors = export_to_lora(given.adapter, given.out_folder)
-    print(f"wrote {len(tensors)} tensors to {given.out_folder}")
-
-
-if __name__ == "__main__":
-    main()

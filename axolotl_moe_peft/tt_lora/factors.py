@@ -31,6 +31,16 @@ class Factors(NamedTuple):
     def num_parameters(self, rank: int) -> int:
         return _cost(self.inputs, rank) + _cost(self.outputs, rank)
 
+    def true_ranks(self, rank: int) -> list[int]:
+        """The rank of each cut between two cores: no more than the product of the sizes on either side."""
+        shape = self.tt_shape
+        return [min(rank, math.prod(shape[:k]), math.prod(shape[k:])) for k in range(1, len(shape))]
+
+    def num_wasted(self, rank: int) -> int:
+        """Parameters more than a tensor train of the true ranks has, which computes the same matrices."""
+        ranks = [1, *self.true_ranks(rank), 1]
+        return self.num_parameters(rank) - sum(a * size * b for a, size, b in zip(ranks, self.tt_shape, ranks[1:]))
+
 
 @cache
 def auto_factors(in_features: int, out_features: int, rank: int, num_cores: int | None = None) -> Factors:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -45,13 +46,16 @@ class TTLoraModel(Tuner):
     def _prepare_model(self, peft_config: TTLoraConfig, model: nn.Module) -> None:
         """Check the targets and their factors, before any layer is replaced."""
         layers = target_layers(peft_config, model)
+        names: dict[Factors, list[str]] = {}
         for name, layer in layers.items():
-            factors_of(name, layer, peft_config)
+            names.setdefault(factors_of(name, layer, peft_config), []).append(name)
         for key in peft_config.factors if isinstance(peft_config.factors, dict) else ():
             if not any(_has_suffix(name, key) for name in layers):
                 raise ValueError(
                     f"tt_lora.factors: {key!r} is none of the target modules, whose names end with {_endings(layers)}."
                 )
+        if not peft_config.inference_mode:
+            _warn_of_waste(names, peft_config.rank)
 
     def _create_and_replace(
         self,
@@ -145,6 +149,21 @@ def factors_of(name: str, layer: nn.Module, config: TTLoraConfig) -> Factors:
     for side, size, values in (("in", in_features, factors.inputs), ("out", out_features, factors.outputs)):
         check_product(values, size, f"tt_lora.factors: {key}.{side}: {name} has {size} {side}puts")
     return factors
+
+
+def _warn_of_waste(names: dict[Factors, list[str]], rank: int) -> None:
+    """Warn of factors, and name one of the layers that have them, with a cut that cannot hold the rank."""
+    for factors, (name, *others) in names.items():
+        lowest = min(factors.true_ranks(rank))
+        if lowest < rank:
+            among = f" (one of {len(others) + 1} such layers)" if others else ""
+            warnings.warn(
+                f"tt_lora.rank: {rank} is more than the cores {list(factors.tt_shape)} of {name}{among} can hold: one "
+                f"of their cuts has rank {lowest}, and {factors.num_wasted(rank):,} of the "
+                f"{factors.num_parameters(rank):,} parameters of a layer are wasted. Use a lower rank, or larger "
+                "factors at the beginning of `in` and of `out`.",
+                stacklevel=2,
+            )
 
 
 def _has_suffix(name: str, suffix: str) -> bool:

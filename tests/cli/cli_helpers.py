@@ -99,7 +99,7 @@ class AxolotlPool:
         )
         os.close(write_end)
 
-    def __call__(self, command: str, config: Path, *options: str, stdin: str = "") -> Result:
+    def __call__(self, command: str, config: Path | str, *options: str, stdin: str = "") -> Result:
         launcher = ["--launcher", "python"] if command in ("train", "evaluate", "inference") else []
         arguments = [command, *launcher, str(config), *options]
         self._stdin.write_text(stdin)

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from axolotl_moe_peft import PerftConfig
+from axolotl_moe_peft import PerftConfig, TTLoraConfig
 from tests.cli.cli_helpers import (
     AxolotlPool,
     Result,
@@ -24,6 +24,12 @@ from tests.cli.cli_helpers import (
     write_yaml,
 )
 from tests.tiny_models import VOCAB_SIZE
+
+
+def tt_lora(**block: Any) -> dict[str, Any]:
+    """The keys that turn a valid YAML into one of a TT-LoRA."""
+    return {"adapter": "tt_lora", "perft": None, "tt_lora": {"rank": 4} | block}
+
 
 # keys of the YAML beside a valid one's, and what the message must hold
 REFUSED_BLOCKS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
@@ -56,6 +62,19 @@ REFUSED_BLOCKS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "no block": ({"perft": None}, ("needs a `perft:` block", "`perft: {}`")),
     "4 bit": ({"load_in_4bit": True}, ("`load_in_4bit`", "Remove the key", "bf16")),
     "8 bit": ({"load_in_8bit": True}, ("`load_in_8bit`", "Remove the key", "bf16")),
+    "tt_lora, misspelt key": (tt_lora(rnk=8), ("tt_lora.rnk", "rank")),
+    "tt_lora, rank 0": (tt_lora(rank=0), ("tt_lora.rank", "at least 1")),
+    "tt_lora, unknown init": (tt_lora(init="paper"), ("tt_lora.init", "paper", "'normalized' or 'zero'")),
+    "tt_lora, factors of one side": (
+        tt_lora(factors={"q_proj": {"in": [8, 4]}}),
+        ("tt_lora.factors", "q_proj", "`in` and `out`"),
+    ),
+    "tt_lora, lora_r beside the block": (
+        tt_lora() | {"lora_r": 8},
+        ("`lora_r`", "write `rank` in the `tt_lora:` block"),
+    ),
+    "tt_lora, 4 bit": (tt_lora() | {"load_in_4bit": True}, ("`load_in_4bit`", "Remove the key", "bf16")),
+    "tt_lora, perft's block": (tt_lora() | {"perft": {"rank": 4}}, ("`perft:`", "'tt_lora'", "remove the block")),
 }
 REFUSED_WITH_THE_BASE: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "dense base": ({"base_model": "llama"}, ("LlamaForCausalLM", "no MoE block", "`adapter: lora`")),
@@ -66,6 +85,14 @@ REFUSED_WITH_THE_BASE: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "layers_to_transform out of range": (
         {"perft": {"layers_to_transform": [0, 7]}},
         ("perft.layers_to_transform", "[7]", "in layers [0, 1]"),
+    ),
+    "tt_lora, target_modules match nothing": (
+        tt_lora(target_modules=["q_proj", "query"]),
+        ("tt_lora.target_modules", "'query' matches no module", "k_proj, lm_head, o_proj, q_proj, v_proj"),
+    ),
+    "tt_lora, factors of another size": (
+        tt_lora(factors={"q_proj": {"in": [8, 8], "out": [8, 4]}}),
+        ("tt_lora.factors: q_proj.in", "32 inputs", "multiply to 64", "[4, 8] or [8, 4]"),
     ),
 }
 REFUSED_FOLDERS: dict[str, tuple[str, ...]] = {
@@ -85,6 +112,11 @@ REFUSED_FOLDERS: dict[str, tuple[str, ...]] = {
     "lora": ("lora_model_dir", "LORA", "PERFT"),
     "rank_8": ("rank: 4", "8", "adapter_config.json"),
 }
+REFUSED_TT_LORA_FOLDERS: dict[str, tuple[str, ...]] = {
+    "good": ("lora_model_dir", "PERFT", "TT_LORA"),
+    "tt_lora_rank_8": ("rank: 4", "8", "adapter_config.json"),
+    "tt_lora_missing_core": ("lora_model_dir", "missing", "layers.0.self_attn.q_proj.ttcore_in_0"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +131,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, base_model: Callable[[str],
         "good": PerftConfig(rank=4, task_type="CAUSAL_LM"),
         "rank_8": PerftConfig(rank=8, task_type="CAUSAL_LM"),
         "lora": LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+        "tt_lora_rank_8": TTLoraConfig(rank=8, task_type="CAUSAL_LM"),
+        "tt_lora_missing_core": TTLoraConfig(rank=4, task_type="CAUSAL_LM"),
     }.items():
         base = AutoModelForCausalLM.from_pretrained(base_model("mixtral"))
         get_peft_model(base, config).save_pretrained(folder / name)
@@ -118,6 +152,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, base_model: Callable[[str],
     }.items():
         shutil.copytree(folder / "good", folder / name)
         save_file(damaged, folder / name / "adapter_model.safetensors")
+    cores = adapter_tensors(folder / "tt_lora_missing_core")
+    del cores["base_model.model.model.layers.0.self_attn.q_proj.ttcore_in_0"]
+    save_file(cores, folder / "tt_lora_missing_core" / "adapter_model.safetensors")
     write_rows(folder / "rows.jsonl", ((f"what is {i}?", str(i)) for i in range(4)))
     return folder
 
@@ -176,13 +213,24 @@ def test_base_that_does_not_fit_is_refused_before_the_rows_are_tokenised(
     assert not (tmp_path / "prepared").exists()
 
 
-@pytest.mark.parametrize("name", REFUSED_FOLDERS)
+@pytest.mark.parametrize(
+    ("name", "keys", "fragments"),
+    [(name, {}, fragments) for name, fragments in REFUSED_FOLDERS.items()]
+    + [(name, tt_lora(), fragments) for name, fragments in REFUSED_TT_LORA_FOLDERS.items()],
+    ids=[*REFUSED_FOLDERS, *(f"{name} as tt_lora" for name in REFUSED_TT_LORA_FOLDERS)],
+)
 def test_lora_model_dir_that_is_no_whole_adapter(
-    name: str, axolotl: AxolotlPool, config: Callable[..., Path], folder: Path, output_dir: Path
+    name: str,
+    keys: dict[str, Any],
+    fragments: tuple[str, ...],
+    axolotl: AxolotlPool,
+    config: Callable[..., Path],
+    folder: Path,
+    output_dir: Path,
 ) -> None:
     before, given = checksums(output_dir), checksums(folder)
-    result = axolotl("train", config(), f"--lora-model-dir={folder / name}")
-    assert_refused(result, (str(folder / name), *REFUSED_FOLDERS[name]))
+    result = axolotl("train", config(**keys), f"--lora-model-dir={folder / name}")
+    assert_refused(result, (str(folder / name), *fragments))
     assert checksums(output_dir) == before
     assert checksums(folder) == given
 
@@ -195,8 +243,9 @@ def test_evaluate_refuses_a_damaged_adapter(
     assert_refused(result, ("lora_model_dir", str(folder / name)))
 
 
-def test_inference_without_an_adapter(axolotl: AxolotlPool, config: Callable[..., Path]) -> None:
-    result = axolotl("inference", config(), stdin="what is 1?")
+@pytest.mark.parametrize("keys", [{}, tt_lora()], ids=["perft", "tt_lora"])
+def test_inference_without_an_adapter(keys: dict[str, Any], axolotl: AxolotlPool, config: Callable[..., Path]) -> None:
+    result = axolotl("inference", config(**keys), stdin="what is 1?")
     assert_refused(result, ("untrained adapter", "--lora-model-dir"))
     assert "Give me an instruction" not in result.output
 

@@ -1,4 +1,4 @@
-"""Promises of training, resuming, evaluating and generating through Axolotl's commands."""
+"""Promises of training, resuming, evaluating, generating and merging through Axolotl's commands."""
 
 import csv
 import functools
@@ -6,14 +6,16 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-import axolotl_moe_peft  # noqa: F401  (makes PERFT known to PEFT)
+import axolotl_moe_peft  # noqa: F401  (makes the methods known to PEFT)
 from tests.cli.cli_helpers import (
     AxolotlPool,
     Result,
@@ -25,15 +27,24 @@ from tests.cli.cli_helpers import (
     write_rows,
     write_yaml,
 )
+from tests.tiny_models import random_ids
 
 ROUTED = {"variant": "routed", "num_experts": 4, "num_experts_per_tok": 2, "rank": 4, "router_z_loss_coef": 0.001}
+TT_LORA = {"rank": 4, "target_modules": "all-linear", "factors": {"q_proj": {"in": [8, 4], "out": [4, 2, 4]}}}
 # a different family for each
 VARIANTS = {
-    "routed": ("mixtral", ROUTED),
-    "embedded": ("olmoe", {"variant": "embedded", "rank": 4}),
-    "dense": ("qwen3_moe", {"variant": "dense", "num_experts": 2, "rank": 4, "expert_type": "parallel_adapter"}),
-    "single": ("mixtral", {"variant": "single", "rank": 4}),
+    "routed": ("mixtral", {"perft": ROUTED}),
+    "embedded": ("olmoe", {"perft": {"variant": "embedded", "rank": 4}}),
+    "dense": (
+        "qwen3_moe",
+        {"perft": {"variant": "dense", "num_experts": 2, "rank": 4, "expert_type": "parallel_adapter"}},
+    ),
+    "single": ("mixtral", {"perft": {"variant": "single", "rank": 4}}),
+    "tt_lora": ("llama", {"adapter": "tt_lora", "perft": None, "tt_lora": TT_LORA}),
 }
+PERFT = [variant for variant in VARIANTS if variant != "tt_lora"]
+# one of each method, with all that a run can have
+FULL = ("routed", "tt_lora")
 FIGURES = {"router_aux_loss", "router_z_loss", "expert_entropy", "expert_max_share", "expert_used_fraction"}
 STEPS = 6
 
@@ -67,31 +78,36 @@ def few_rows(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def routed_config(folder: Path, rows: Path, base_model: Callable[[str], Path]) -> Path:
+def full_config(folder: Path, rows: Path, base_model: Callable[[str], Path]) -> Callable[[str], Path]:
     """As a user trains: packing, accumulation, reentrant gradient checkpointing (the default), checkpoints.
 
     Rows are packed in order: where Axolotl shuffles before it packs, a resumed run sees other rows, with any adapter.
     """
-    return write_yaml(
-        folder / "routed.yaml",
-        base_model("mixtral"),
-        rows,
-        perft=ROUTED,
-        sample_packing=True,
-        sample_packing_eff_est=1.0,
-        sample_packing_sequentially=True,
-        curriculum_sampling=True,
-        gradient_checkpointing=True,
-        micro_batch_size=1,
-        gradient_accumulation_steps=2,
-        max_steps=STEPS,
-        save_steps=STEPS // 2,
-    )
+
+    def write(variant: str) -> Path:
+        family, keys = VARIANTS[variant]
+        return write_yaml(
+            folder / f"{variant}.yaml",
+            base_model(family),
+            rows,
+            sample_packing=True,
+            sample_packing_eff_est=1.0,
+            sample_packing_sequentially=True,
+            curriculum_sampling=True,
+            gradient_checkpointing=True,
+            micro_batch_size=1,
+            gradient_accumulation_steps=2,
+            max_steps=STEPS,
+            save_steps=STEPS // 2,
+            **keys,
+        )
+
+    return write
 
 
 @pytest.fixture(scope="module")
-def preprocessed(axolotl: AxolotlPool, routed_config: Path) -> Result:
-    return axolotl("preprocess", routed_config)
+def preprocessed(axolotl: AxolotlPool, full_config: Callable[[str], Path]) -> Result:
+    return axolotl("preprocess", full_config("routed"))
 
 
 @pytest.fixture(scope="module")
@@ -100,19 +116,19 @@ def trained(
     base_model: Callable[[str], Path],
     folder: Path,
     few_rows: Path,
-    routed_config: Path,
+    full_config: Callable[[str], Path],
     preprocessed: Result,
 ) -> Callable[[str], Run]:
     """`trained("dense")`: the run of that variant."""
 
     @functools.cache
     def train(variant: str) -> Run:
-        family, block = VARIANTS[variant]
+        family, keys = VARIANTS[variant]
         base = base_model(family)
         before = checksums(base)
-        config = folder / f"{variant}.yaml"
-        if variant != "routed":
-            write_yaml(config, base, few_rows, perft=block)
+        config = (
+            full_config(variant) if variant in FULL else write_yaml(folder / f"{variant}.yaml", base, few_rows, **keys)
+        )
         if variant == "single":  # the command of the documentation, imports and all
             result = run_command("accelerate", "launch", "-m", "axolotl.cli.train", str(config))
         else:
@@ -127,7 +143,7 @@ def lines_to_worry_about(output: str) -> list[str]:
     return [
         line
         for line in output.splitlines()
-        if re.search(r"warn|error", line, re.I) and re.search("perft|axolotl_moe_peft", line)
+        if re.search(r"warn|error", line, re.I) and re.search("perft|tt_lora|axolotl_moe_peft", line)
     ]
 
 
@@ -154,7 +170,7 @@ def test_training_leaves_the_base_as_it_was(variant: str, trained: Callable[[str
     assert checksums(run.base) == run.base_checksums
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", PERFT)
 def test_training_moves_every_up_projection(variant: str, trained: Callable[[str], Run]) -> None:
     tensors = adapter_tensors(trained(variant).output_dir)
     ups = [tensor for name, tensor in tensors.items() if "perft_up" in name]
@@ -162,15 +178,20 @@ def test_training_moves_every_up_projection(variant: str, trained: Callable[[str
     assert all(up.abs().max() > 1e-3 for up in ups)  # they start at 0
 
 
-def test_training_goes_on_moving_every_tensor(trained: Callable[[str], Run]) -> None:
-    output_dir = trained("routed").output_dir
+# of two layers down, up and router; of two layers the cores of q, k, v, o, gate, up and down
+@pytest.mark.parametrize(
+    ("variant", "tensors"), [("routed", 2 * 3), ("tt_lora", 2 * (5 + 3 + 3 + 4 + 4 + 4 + 4))], ids=FULL
+)
+def test_training_goes_on_moving_every_tensor(variant: str, tensors: int, trained: Callable[[str], Run]) -> None:
+    output_dir = trained(variant).output_dir
     earlier, later = adapter_tensors(output_dir / f"checkpoint-{STEPS // 2}"), adapter_tensors(output_dir)
-    assert len(later) == 6 and earlier.keys() == later.keys()  # down, up and router of two layers
+    assert len(later) == tensors and earlier.keys() == later.keys()
     assert [name for name in later if torch.equal(earlier[name], later[name])] == []
 
 
-def test_optimiser_holds_exactly_the_adapter(trained: Callable[[str], Run]) -> None:
-    run = trained("routed")
+@pytest.mark.parametrize("variant", FULL)
+def test_optimiser_holds_exactly_the_adapter(variant: str, trained: Callable[[str], Run]) -> None:
+    run = trained(variant)
     state = torch.load(run.output_dir / f"checkpoint-{STEPS}" / "optimizer.pt", weights_only=True)
     held = sorted(tuple(moments["exp_avg"].shape) for moments in state["state"].values())
     assert held == sorted(tuple(tensor.shape) for tensor in adapter_tensors(run.output_dir).values())
@@ -181,7 +202,8 @@ def test_optimiser_holds_exactly_the_adapter(trained: Callable[[str], Run]) -> N
 def test_saved_adapter_loads_with_plain_peft(variant: str, trained: Callable[[str], Run]) -> None:
     run = trained(variant)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(run.base), run.output_dir)
-    loaded = {name.replace(".default", ""): p for name, p in model.named_parameters() if "perft_" in name}
+    prefix = model.base_model.prefix
+    loaded = {name.replace(".default", ""): p for name, p in model.named_parameters() if prefix in name}
     saved = adapter_tensors(run.output_dir)
     assert loaded.keys() == saved.keys()
     assert all(torch.equal(loaded[name], saved[name]) for name in saved)
@@ -200,13 +222,12 @@ def test_log_has_the_parameter_table(variant: str, trained: Callable[[str], Run]
     tensors = adapter_tensors(run.output_dir)
     routers = sum(tensor.numel() for name, tensor in tensors.items() if "perft_router" in name)
     total = sum(tensor.numel() for tensor in tensors.values())
-    table = run.output[run.output.index("perft adapter attached, trainable parameters:") :].splitlines()[2:6]
-    assert [(line.split()[0], int(line.split()[2].replace(",", ""))) for line in table] == [
-        ("experts", total - routers),
-        ("router", routers),
-        ("other", 0),
-        ("total", total),
-    ]
+    parts = [("cores", total)] if variant == "tt_lora" else [("experts", total - routers), ("router", routers)]
+    expected = [*parts, ("other", 0), ("total", total)]
+    adapter = "tt_lora" if variant == "tt_lora" else "perft"
+    table = run.output[run.output.index(f"{adapter} adapter attached, trainable parameters:") :].splitlines()[2:]
+    rows = [line.split() for line in table[: len(expected)]]
+    assert [(row[0], int(row[2].replace(",", ""))) for row in rows] == expected
 
 
 def test_every_log_line_has_the_routers_figures(trained: Callable[[str], Run]) -> None:
@@ -231,11 +252,12 @@ def test_training_warns_of_nothing_of_ours(variant: str, trained: Callable[[str]
     assert lines_to_worry_about(trained(variant).output) == []
 
 
+@pytest.mark.parametrize("variant", FULL)
 def test_resumed_training_equals_uninterrupted(
-    axolotl: AxolotlPool, trained: Callable[[str], Run], folder: Path, rows: Path
+    variant: str, axolotl: AxolotlPool, trained: Callable[[str], Run], tmp_path: Path
 ) -> None:
-    run = trained("routed")
-    resumed = folder / "resumed"
+    run = trained(variant)
+    resumed = tmp_path / "resumed"
     shutil.copytree(run.output_dir / f"checkpoint-{STEPS // 2}", resumed / f"checkpoint-{STEPS // 2}")
     result = axolotl(
         "train", run.config, f"--output-dir={resumed}", f"--resume-from-checkpoint={resumed}/checkpoint-{STEPS // 2}"
@@ -243,7 +265,7 @@ def test_resumed_training_equals_uninterrupted(
     assert result.code == 0, result.output
     lines, resumed_lines = log_history(run.output_dir), log_history(resumed)
     assert [line["step"] for line in resumed_lines] == list(range(1, STEPS + 1))
-    for key in ("loss", "grad_norm", *FIGURES):
+    for key in ("loss", "grad_norm", *(FIGURES if variant == "routed" else ())):
         # the same operations on the same numbers: no tolerance
         assert [line[key] for line in resumed_lines] == [line[key] for line in lines], key
     tensors, resumed_tensors = adapter_tensors(run.output_dir), adapter_tensors(resumed)
@@ -251,13 +273,26 @@ def test_resumed_training_equals_uninterrupted(
     assert all(torch.equal(tensors[name], resumed_tensors[name]) for name in tensors)
 
 
+@pytest.mark.parametrize(
+    ("variant", "keys"),
+    [
+        ("routed", {"perft": ROUTED | {"dropout": 0.1, "router_aux_loss_coef": 0.0, "init": "paper"}}),
+        ("tt_lora", {"tt_lora": TT_LORA | {"dropout": 0.1, "init": "zero"}}),
+    ],
+    ids=FULL,
+)
 def test_lora_model_dir_continues_from_the_saved_adapter(
-    axolotl: AxolotlPool, trained: Callable[[str], Run], folder: Path, few_rows: Path
+    variant: str,
+    keys: dict[str, Any],
+    axolotl: AxolotlPool,
+    trained: Callable[[str], Run],
+    tmp_path: Path,
+    few_rows: Path,
 ) -> None:
-    run = trained("routed")
+    run = trained(variant)
     # what shapes training may differ from the saved adapter_config.json
-    block = ROUTED | {"dropout": 0.1, "router_aux_loss_coef": 0.0, "init": "paper"}
-    config = write_yaml(folder / "continued.yaml", run.base, few_rows, perft=block, learning_rate=0.0, max_steps=1)
+    keys = VARIANTS[variant][1] | keys | {"learning_rate": 0.0, "max_steps": 1}
+    config = write_yaml(tmp_path / "continued.yaml", run.base, few_rows, **keys)
     result = axolotl("train", config, f"--lora-model-dir={run.output_dir}")
     assert result.code == 0, result.output
     given, saved = adapter_tensors(run.output_dir), adapter_tensors(config.with_suffix(""))
@@ -267,11 +302,13 @@ def test_lora_model_dir_continues_from_the_saved_adapter(
     assert line["grad_norm"] > 0  # it was being trained
 
 
+@pytest.mark.parametrize("variant", FULL)
 def test_evaluate_measures_the_trained_adapter(
-    axolotl: AxolotlPool, trained: Callable[[str], Run], folder: Path, few_rows: Path
+    variant: str, axolotl: AxolotlPool, trained: Callable[[str], Run], tmp_path: Path, few_rows: Path
 ) -> None:
-    run = trained("routed")
-    config = write_yaml(folder / "evaluated.yaml", run.base, few_rows, perft=ROUTED, eval_batch_size=4)
+    run = trained(variant)
+    keys = VARIANTS[variant][1] | {"eval_batch_size": 4}
+    config = write_yaml(tmp_path / "evaluated.yaml", run.base, few_rows, **keys)
     result = axolotl("evaluate", config, f"--lora-model-dir={run.output_dir}")
     assert result.code == 0, result.output
     assert lines_to_worry_about(result.output) == []
@@ -309,8 +346,9 @@ def mean_loss(model: torch.nn.Module, rows: Path) -> float:
     return total / tokens
 
 
-def test_inference_answers_a_prompt(axolotl: AxolotlPool, trained: Callable[[str], Run]) -> None:
-    run = trained("routed")
+@pytest.mark.parametrize("variant", FULL)
+def test_inference_answers_a_prompt(variant: str, axolotl: AxolotlPool, trained: Callable[[str], Run]) -> None:
+    run = trained(variant)
     result = axolotl("inference", run.config, f"--lora-model-dir={run.output_dir}", stdin="what is 1 + 7?")
     assert result.code == 0, result.output
     assert lines_to_worry_about(result.output) == []
@@ -319,7 +357,9 @@ def test_inference_answers_a_prompt(axolotl: AxolotlPool, trained: Callable[[str
 
 
 @pytest.mark.parametrize("method", ["memory_efficient", "legacy"])
-def test_merge_lora_refuses_with_the_reason(method: str, axolotl: AxolotlPool, trained: Callable[[str], Run]) -> None:
+def test_merge_lora_refuses_perft_with_the_reason(
+    method: str, axolotl: AxolotlPool, trained: Callable[[str], Run]
+) -> None:
     run = trained("routed")
     before = checksums(run.output_dir)
     if method == "memory_efficient":  # the default
@@ -331,3 +371,94 @@ def test_merge_lora_refuses_with_the_reason(method: str, axolotl: AxolotlPool, t
     assert "no weight of the base model computes that" in result.error
     assert not (run.output_dir / "merged").exists()
     assert checksums(run.output_dir) == before
+
+
+@torch.no_grad()
+def test_merge_lora_writes_a_model_that_computes_what_base_and_adapter_do(
+    axolotl: AxolotlPool, trained: Callable[[str], Run]
+) -> None:
+    run = trained("tt_lora")
+    saved = adapter_checksums(run)
+    result = axolotl("merge-lora", run.config)
+    assert result.code == 0, result.output
+    assert lines_to_worry_about(result.output) == []
+    assert adapter_checksums(run) == saved
+    ids = random_ids(2, 9)
+    merged = AutoModelForCausalLM.from_pretrained(run.output_dir / "merged")
+    assert not hasattr(merged, "peft_config")
+    base = AutoModelForCausalLM.from_pretrained(run.base)
+    of_base = base(ids).logits
+    adapted = PeftModel.from_pretrained(base, run.output_dir).eval()(ids).logits
+    # float32: the update is added to the weight instead of to the layer's output
+    torch.testing.assert_close(merged(ids).logits, adapted, rtol=1e-4, atol=1e-5)
+    assert (adapted - of_base).abs().max() > 0.1
+
+
+def test_merge_lora_refuses_the_method_that_would_write_the_base_unchanged(
+    axolotl: AxolotlPool, trained: Callable[[str], Run], tmp_path: Path
+) -> None:
+    run = trained("tt_lora")
+    result = axolotl(
+        "merge-lora",
+        run.config,
+        "--merge-method=memory_efficient",
+        f"--lora-model-dir={run.output_dir}",
+        f"--output-dir={tmp_path / 'out'}",
+    )
+    assert result.code == 1
+    assert "`merge_method: memory_efficient`" in result.error and "Remove the key" in result.error
+    assert checksums(tmp_path / "out") == {}
+
+
+needs_entry_point = pytest.mark.skipif(
+    not entry_points(group="axolotl.cli_commands", name="export-tt-lora"),
+    reason="this package is not installed, or was before it had the command",
+)
+
+
+@needs_entry_point
+@torch.no_grad()
+def test_export_tt_lora_writes_a_lora_that_computes_the_same(
+    axolotl: AxolotlPool, trained: Callable[[str], Run], tmp_path: Path
+) -> None:
+    run = trained("tt_lora")
+    result = axolotl("export-tt-lora", run.output_dir, str(tmp_path / "lora"))
+    assert result.code == 0, result.output
+    tensors = len(adapter_tensors(tmp_path / "lora"))
+    assert f"wrote {tensors} tensors to {tmp_path / 'lora'}" in result.output.splitlines()
+    assert lines_to_worry_about(result.output) == []
+    ids = random_ids(2, 9)
+    logits = [
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(run.base), folder).eval()(ids).logits
+        for folder in (run.output_dir, tmp_path / "lora")
+    ]
+    torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)  # float32: the same products, unpadded
+
+
+@needs_entry_point
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["{base}", "{out}"], 1, "Error: '{base}' holds no adapter_config.json; give the folder of a saved adapter."),
+        (["{base}"], 2, "Error: Missing argument 'OUT_FOLDER'."),
+    ],
+    ids=["no adapter", "no second folder"],
+)
+def test_export_tt_lora_refuses_in_one_line(
+    arguments: list[str],
+    code: int,
+    message: str,
+    axolotl: AxolotlPool,
+    base_model: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    paths = {"base": base_model("llama"), "out": tmp_path / "lora"}
+    given = [argument.format(**paths) for argument in arguments]
+    result = axolotl("export-tt-lora", *given)
+    assert (result.code, result.tracebacks) == (code, 0), result.output
+    assert message.format(**paths) in result.output.splitlines()
+    assert not (tmp_path / "lora").exists()
+
+
+def adapter_checksums(run: Run) -> dict[str, str]:
+    return {name: digest for name, digest in checksums(run.output_dir).items() if not name.startswith("merged/")}

@@ -215,3 +215,64 @@ def test_factors_of_another_size_show_their_product_and_the_nearest(entry, messa
 def test_factors_of_a_module_that_is_no_target_are_refused():
     with pytest.raises(ValueError, match=r"tt_lora.factors: 'o_proj' is none of the target .* q_proj, v_proj\."):
         adapted(factors={"o_proj": {"in": [32], "out": [32]}})
+
+
+@pytest.mark.parametrize(
+    ("settings", "cores", "names", "rank", "wasted", "parameters"),
+    [
+        # (2, 4, 4 | 8, 4) of rank 5 against ranks 2, 5, 5, 4: 10 + 100 + 100 + 200 + 20, and 4 + 40 + 100 + 160 + 16
+        (
+            {"factors": {"q_proj": {"in": [2, 4, 4], "out": [4, 8]}}},
+            [2, 4, 4, 8, 4],
+            "model.layers.0.self_attn.q_proj (one of 2 such layers)",
+            2,
+            110,
+            430,
+        ),
+        # (4, 8 | 2, 16) of rank 5 against ranks 4, 5, 5: 20 + 200 + 50 + 80, and 16 + 160 + 50 + 80
+        (
+            {
+                "target_modules": ["layers.1.self_attn.q_proj", "v_proj"],
+                "factors": {"q_proj": {"in": [4, 8], "out": [16, 2]}},
+            },
+            [4, 8, 2, 16],
+            "model.layers.1.self_attn.q_proj",
+            4,
+            44,
+            350,
+        ),
+        # 32 inputs and 16 outputs hold no more than 16, however they are factorised
+        (
+            {"rank": 17, "target_modules": ["v_proj"], "num_cores": 2},
+            [32, 16],
+            "model.layers.0.self_attn.v_proj (one of 2 such layers)",
+            16,
+            48,
+            816,
+        ),
+    ],
+)
+def test_a_rank_that_a_cut_cannot_hold_is_warned_of_once_for_each_shape(
+    settings, cores, names, rank, wasted, parameters
+):
+    with pytest.warns(UserWarning) as caught:
+        adapted(**settings)
+    (message,) = [str(w.message) for w in caught]
+    asked = settings.get("rank", 5)
+    assert message.startswith(f"tt_lora.rank: {asked} is more than the cores {cores} of {names} can hold: ")
+    assert f"rank {rank}, and {wasted} of the {parameters} parameters" in message
+
+
+def test_a_rank_that_every_cut_holds_is_not_warned_of(recwarn):
+    adapted(rank=5)
+    adapted(rank=2, factors={"q_proj": {"in": [2, 4, 4], "out": [2, 16]}})
+    adapted(rank=16, target_modules=["v_proj"], num_cores=2)
+    assert not [w for w in recwarn if "tt_lora" in str(w.message)]
+
+
+def test_loading_for_inference_does_not_warn_of_the_rank_again(tmp_path, recwarn):
+    with pytest.warns(UserWarning, match="tt_lora.rank"):
+        adapted(rank=40).save_pretrained(tmp_path)
+    recwarn.clear()
+    PeftModel.from_pretrained(tiny_model("llama"), tmp_path)
+    assert not [w for w in recwarn if "tt_lora" in str(w.message)]

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner, Result
 from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model
 from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from axolotl_moe_peft import TTLoraConfig
+from axolotl_moe_peft.cli import export_tt_lora
 from axolotl_moe_peft.tt_lora import TTLoraLinear
-from axolotl_moe_peft.tt_lora.export import export_to_lora, main
+from axolotl_moe_peft.tt_lora.export import export_to_lora
 from tests.tiny_models import random_ids, tiny_model
 
 TARGETS = {
@@ -148,7 +152,9 @@ def test_stock_peft_loads_an_export_without_this_package(tmp_path):
 
 
 def stock(family: str, folder: Path) -> PeftModel:
-    return PeftModel.from_pretrained(tiny_model(family), folder)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        return PeftModel.from_pretrained(tiny_model(family), folder)
 
 
 @pytest.mark.parametrize("target_modules", [None, "all-linear", r".*(q|k)_proj"])
@@ -186,12 +192,16 @@ def test_one_of_several_adapters_is_exported(tmp_path):
     torch.testing.assert_close(stock("llama", tmp_path)(ids).logits, model(ids).logits, **EXPORTED)
 
 
-def test_a_folder_exports_without_its_base_from_the_command_line(tmp_path, capsys):
+def run_command(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(export_tt_lora, [str(argument) for argument in arguments])
+
+
+def test_a_folder_exports_without_its_base_from_the_command_line(tmp_path):
     model, ids = tt_lora(), random_ids(1, 5)
     model.peft_config["default"].base_model_name_or_path = "nowhere/to-be-found"
     model.save_pretrained(tmp_path / "adapter")
-    main([str(tmp_path / "adapter"), str(tmp_path / "lora")])
-    assert "wrote 8 tensors" in capsys.readouterr().out
+    done = run_command(tmp_path / "adapter", tmp_path / "lora")
+    assert (done.exit_code, done.stdout) == (0, f"wrote 8 tensors to {tmp_path / 'lora'}\n")
     torch.testing.assert_close(stock("llama", tmp_path / "lora")(ids).logits, model(ids).logits, **EXPORTED)
 
 
@@ -200,12 +210,25 @@ def drop(folder: Path, ending: str) -> None:
     save_file({k: v for k, v in load_file(path).items() if not k.endswith(ending)}, path)
 
 
+def narrow(folder: Path) -> None:
+    """One core with an interior rank of 4 instead of 5."""
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    (name,) = [k for k in tensors if k.endswith("1.self_attn.q_proj.ttcore_in_1")]
+    save_file(tensors | {name: tensors[name][:, :, :4].clone()}, path)
+
+
 BROKEN = {
     "no_weights": (lambda f: (f / "adapter_model.safetensors").unlink(), "holds no adapter_model.safetensors"),
     "no_config": (lambda f: (f / "adapter_config.json").unlink(), "holds no adapter_config.json"),
+    "garbage_config": (
+        lambda f: (f / "adapter_config.json").write_text('{"peft_type": "TT_LORA", '),
+        "adapter_config.json of .* cannot be read",
+    ),
     "truncated": (lambda f: (f / "adapter_model.safetensors").write_bytes(b"12345678"), "cannot be read"),
     "no_last": (lambda f: drop(f, "1.self_attn.q_proj.ttcore_out_1"), r"cores of .*layers\.1.*q_proj are missing"),
     "no_first": (lambda f: drop(f, "1.self_attn.q_proj.ttcore_in_0"), r"cores of .*layers\.1.*q_proj are missing"),
+    "other_rank": (narrow, r"cores of .*layers\.1.*q_proj are missing or not of rank 5"),
     "foreign": (
         lambda f: save_file({"model.q_proj.lora_A.weight": torch.ones(2, 2)}, f / "adapter_model.safetensors"),
         "lora_A.weight is no tensor of a TT-LoRA adapter",
@@ -220,6 +243,8 @@ def test_an_incomplete_folder_is_refused_and_nothing_written(tmp_path, case):
     change(tmp_path / "adapter")
     with pytest.raises(ValueError, match=message):
         export_to_lora(tmp_path / "adapter", tmp_path / "lora")
+    done = run_command(tmp_path / "adapter", tmp_path / "lora")
+    assert done.exit_code == 1 and re.fullmatch(rf"Error: .*{message}.*\n", done.stderr)
     assert not (tmp_path / "lora").exists()
 
 

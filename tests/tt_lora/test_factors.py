@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from axolotl_moe_peft.tt_lora import factors as factors_module
 from axolotl_moe_peft.tt_lora.factors import Factors, auto_factors, check_product, nearest_factors
@@ -182,3 +183,34 @@ def test_a_wrong_product_shows_the_product_and_the_nearest():
         "tt_lora.factors: q_proj.in: q_proj has 2048 inputs, but [16, 8, 4, 2] multiply to 1024. The nearest that do: "
         "[16, 8, 4, 4] or [16, 8, 8, 2] or [16, 16, 4, 2]."
     )
+
+
+WIDTHS = (576, 768, 960, 1024, 1536, 2048, 2304, 3072, 3584, 4096, 5120, 8192, 14336)
+
+
+@pytest.mark.parametrize("rank", [1, 4, 5, 8, 16, 64])
+def test_auto_wastes_nothing_at_the_usual_widths(rank):
+    for inputs in WIDTHS:
+        for outputs in (*WIDTHS, 64, 128, 256):
+            chosen = auto_factors(inputs, outputs, rank)
+            assert (chosen.num_wasted(rank), set(chosen.true_ranks(rank))) == (0, {rank}), chosen
+
+
+@pytest.mark.parametrize(
+    ("given", "rank", "ranks", "wasted"),
+    [
+        (Factors((2, 4, 8), (2, 4, 8)), 5, [2, 5, 5, 5, 2], 2 * (6 + 60)),
+        (Factors((2, 2, 2), (8,)), 5, [2, 4, 5], (10 + 50 + 50 + 40) - (4 + 16 + 40 + 40)),
+        (Factors((16, 2), (2,)), 4, [4, 2], (64 + 32 + 8) - (64 + 16 + 4)),
+    ],
+)
+def test_true_ranks_are_those_of_the_unfoldings(given, rank, ranks, wasted):
+    assert (given.true_ranks(rank), given.num_wasted(rank)) == (ranks, wasted)
+    generator, whole = torch.Generator().manual_seed(0), torch.ones(1, 1, dtype=torch.float64)
+    sizes = [1, *[rank] * (len(given.tt_shape) - 1), 1]
+    for k, size in enumerate(given.tt_shape):
+        core = torch.randn(sizes[k], size, sizes[k + 1], generator=generator, dtype=torch.float64)
+        whole = (whole @ core.flatten(1)).view(-1, sizes[k + 1])
+    for k in range(1, len(given.tt_shape)):
+        unfolding = whole.view(math.prod(given.tt_shape[:k]), -1)
+        assert torch.linalg.matrix_rank(unfolding) == ranks[k - 1]
