@@ -35,7 +35,8 @@ def train(name: str, work_dir: Path, step: Steps) -> Path:
     recipe = RECIPES / name
     config = _in_work_dir(yaml.safe_load(recipe.read_text(encoding="utf-8")), work_dir)
     adapter_dir = ROOT / config["output_dir"]
-    mark, inputs = adapter_dir / _MARK, {str(path): sha256(path) for path in [recipe, *_files_read(config)]}
+    mark = adapter_dir / _MARK
+    inputs = {"recipe": config, "sha256": {str(path): sha256(path) for path in _files_read(config)}}
     if mark.is_file() and json.loads(mark.read_text()) == inputs:
         step(f"{name}: trained before, using {adapter_dir}")
         return adapter_dir

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,10 +37,11 @@ def run(work_dir: Path) -> None:
     expert_dirs = {task: train(f"tt_lora_{task}.yaml", work_dir, step) for task in TASKS}
     pool_dir = train("tt_lora_moe.yaml", work_dir, step)
     step("Held-out loss per token of the answers, and how often the router chose the task's expert")
-    results = measure(model_dir, expert_dirs, pool_dir)
-    print(f"\n  {'task':12}{'base':>10}{'own expert':>12}{'routed':>10}{'router accuracy':>18}")
-    for task, r in results.items():
-        print(f"  {task:12}{r.base:10.4f}{r.expert:12.4f}{r.routed:10.4f}{r.accuracy:18.1%}")
+    results = {}
+    print(f"\n  {'task':12}{'base':>10}{'own expert':>12}{'routed':>10}{'router accuracy':>18}", flush=True)
+    for task, r in measure(model_dir, expert_dirs, pool_dir):
+        results[task] = r
+        print(f"  {task:12}{r.base:10.4f}{r.expert:12.4f}{r.routed:10.4f}{r.accuracy:18.1%}", flush=True)
     print(f"\nThe pool: {pool_dir}")
     for task, r in results.items():
         if not r.expert < r.base:
@@ -48,20 +50,16 @@ def run(work_dir: Path) -> None:
             fail(f"{task}: the router chose the wrong expert too often")
 
 
-def measure(model_dir: Path, expert_dirs: dict[str, Path], pool_dir: Path) -> dict[str, Result]:
-    """Measure everything on the same held-out rows, with plain transformers and PEFT."""
+def measure(model_dir: Path, expert_dirs: dict[str, Path], pool_dir: Path) -> Iterator[tuple[str, Result]]:
+    """Measure task after task, all figures of one on the same held-out rows, with plain transformers and PEFT."""
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    rows = {task: [tokenize(tokenizer, *chat) for chat in read_heldout(task)] for task in expert_dirs}
     base = load(model_dir)
-    base_losses = {task: evaluate(base, rows[task])[0] for task in rows}
-    pool = PeftModel.from_pretrained(base, pool_dir).eval()
-    results = {}
+    pool = PeftModel.from_pretrained(load(model_dir), pool_dir).eval()
     for task, folder in expert_dirs.items():
+        rows = [tokenize(tokenizer, *chat) for chat in read_heldout(task)]
         expert = PeftModel.from_pretrained(load(model_dir), folder).eval()
-        expert_loss, _ = evaluate(expert, rows[task])
-        routed_loss, chosen = evaluate(pool, rows[task])
-        results[task] = Result(base_losses[task], expert_loss, routed_loss, chosen.count(task) / len(chosen))
-    return results
+        (base_loss, _), (expert_loss, _), (routed_loss, chosen) = (evaluate(m, rows) for m in (base, expert, pool))
+        yield task, Result(base_loss, expert_loss, routed_loss, chosen.count(task) / len(chosen))
 
 
 def load(model_dir: Path) -> PreTrainedModel:
