@@ -1,0 +1,99 @@
+"""The second quick start: three TT-LoRA experts on a small real model, and a router that picks one for each prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..tt_lora_moe import TTLoraMoeModel
+from .console import Steps, fail
+from .models import dense_model
+from .recipes import read_heldout, train
+
+TASKS = ("gsm8k", "boolq", "openbookqa")  # the pool's experts, in the order of tt_lora_moe.yaml
+LEAST_ACCURACY = 0.97
+MOST_ABOVE_EXPERT = 1.01
+
+
+@dataclass(frozen=True)
+class Result:
+    """Held-out figures of one task: losses per token of the answers, and how often the router chose its expert."""
+
+    base: float
+    expert: float
+    routed: float
+    accuracy: float
+
+
+def run(work_dir: Path) -> None:
+    step = Steps(3 + len(TASKS))
+    model_dir = dense_model(work_dir, step)
+    expert_dirs = {task: train(f"tt_lora_{task}.yaml", work_dir, step) for task in TASKS}
+    pool_dir = train("tt_lora_moe.yaml", work_dir, step)
+    step("Held-out loss per token of the answers, and how often the router chose the task's expert")
+    results = {}
+    print(f"\n  {'task':12}{'base':>10}{'own expert':>12}{'routed':>10}{'router accuracy':>18}", flush=True)
+    for task, r in measure(model_dir, expert_dirs, pool_dir):
+        results[task] = r
+        print(f"  {task:12}{r.base:10.4f}{r.expert:12.4f}{r.routed:10.4f}{r.accuracy:18.1%}", flush=True)
+    print(f"\nThe pool: {pool_dir}")
+    for task, r in results.items():
+        if not r.expert < r.base:
+            fail(f"{task}: its expert did not lower the held-out loss")
+        if not (r.accuracy >= LEAST_ACCURACY and r.routed <= MOST_ABOVE_EXPERT * r.expert):
+            fail(f"{task}: the router chose the wrong expert too often")
+
+
+def measure(model_dir: Path, expert_dirs: dict[str, Path], pool_dir: Path) -> Iterator[tuple[str, Result]]:
+    """Measure task after task, all figures of one on the same held-out rows, with plain transformers and PEFT."""
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    base = load(model_dir)
+    pool = PeftModel.from_pretrained(load(model_dir), pool_dir).eval()
+    for task, folder in expert_dirs.items():
+        rows = [tokenize(tokenizer, *chat) for chat in read_heldout(task)]
+        expert = PeftModel.from_pretrained(load(model_dir), folder).eval()
+        (base_loss, _), (expert_loss, _), (routed_loss, chosen) = (evaluate(m, rows) for m in (base, expert, pool))
+        yield task, Result(base_loss, expert_loss, routed_loss, chosen.count(task) / len(chosen))
+
+
+def load(model_dir: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, question: dict[str, str], answer: dict[str, str]
+) -> dict[str, Tensor]:
+    """Tokenise a conversation as Axolotl does: the answer and the end of its turn are supervised."""
+    prompt = tokenizer.apply_chat_template([question], add_generation_prompt=True, tokenize=False)
+    prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
+    answer_ids = tokenizer(answer["content"] + tokenizer.eos_token, add_special_tokens=False).input_ids
+    return {
+        "input_ids": torch.tensor([prompt_ids + answer_ids]),
+        "labels": torch.tensor([[-100] * len(prompt_ids) + answer_ids]),
+    }
+
+
+@torch.no_grad()
+def evaluate(model: PreTrainedModel | PeftModel, rows: list[dict[str, Tensor]]) -> tuple[float, list[str]]:
+    """Run the model on rows, one by one: the loss per supervised token, and of a pool the expert chosen for each."""
+    total, tokens, chosen = 0.0, 0, []
+    for row in rows:
+        supervised = (row["labels"] != -100).sum().item()
+        total += model(**row).loss.item() * supervised
+        tokens += supervised
+        chosen += chosen_experts(model)
+    return total / tokens, chosen
+
+
+def chosen_experts(model: PreTrainedModel | PeftModel) -> list[str]:
+    """Names of the experts that a pool chose in its last call, one for each sequence; of other models none."""
+    if not isinstance(model, PeftModel) or not isinstance(model.base_model, TTLoraMoeModel):
+        return []
+    names = model.peft_config["default"].expert_names
+    return [names[expert] for expert in model.base_model.chosen_experts["default"].tolist()]

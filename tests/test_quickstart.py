@@ -1,0 +1,77 @@
+import json
+
+import peft
+import pytest
+import torch
+import yaml
+
+from axolotl_moe_peft import TTLoraMoeConfig
+from axolotl_moe_peft.quickstart import recipes, tt_lora_moe
+from tests.tiny_models import tiny_model
+from tests.tt_lora_moe.pools import EXPERTS, save_experts
+
+EXPERT_RECIPES = [f"tt_lora_{task}.yaml" for task in tt_lora_moe.TASKS]
+
+
+def read(name: str) -> dict:
+    return yaml.safe_load((recipes.RECIPES / name).read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", ["perft.yaml", *EXPERT_RECIPES, "tt_lora_moe.yaml"])
+def test_the_data_of_a_recipe_are_shipped_questions_with_answers(name):
+    for key in ("datasets", "test_datasets"):
+        for dataset in read(name)[key]:
+            for line in (recipes.ROOT / dataset["path"]).read_text(encoding="utf-8").splitlines():
+                assert [message["role"] for message in json.loads(line)["messages"]] == ["user", "assistant"]
+
+
+@pytest.mark.parametrize("task", [*tt_lora_moe.TASKS])
+def test_no_heldout_question_is_trained_on(task):
+    train, heldout = (
+        {json.loads(line)["messages"][0]["content"] for line in path.read_text(encoding="utf-8").splitlines()}
+        for path in (recipes.RECIPES / f"{task}_train.jsonl", recipes.RECIPES / f"{task}_heldout.jsonl")
+    )
+    assert not train & heldout
+
+
+def test_the_pool_is_made_of_the_experts_that_the_quick_start_trains():
+    pool = read("tt_lora_moe.yaml")
+    trained = {task: read(f"tt_lora_{task}.yaml") for task in tt_lora_moe.TASKS}
+    assert {e["name"]: e["path"] for e in pool["tt_lora_moe"]["experts"]} == {
+        task: recipe["output_dir"] for task, recipe in trained.items()
+    }
+    assert {recipe["base_model"] for recipe in trained.values()} == {pool["base_model"]}
+    for key in ("datasets", "test_datasets"):
+        assert {d["expert"]: d["path"] for d in pool[key]} == {t: r[key][0]["path"] for t, r in trained.items()}
+
+
+def test_another_work_dir_replaces_every_path_in_the_default_one(tmp_path):
+    recipe = read("tt_lora_moe.yaml")
+    moved = recipes._in_work_dir(recipe, tmp_path)
+    assert recipes.WORK_DIR.name not in json.dumps(moved)
+    assert moved["tt_lora_moe"]["experts"][0] == {"name": "gsm8k", "path": str(tmp_path / "tt_lora_gsm8k")}
+    assert moved["datasets"] == recipe["datasets"]
+    assert recipes._in_work_dir(recipe, recipes.WORK_DIR)["base_model"] == str(recipes.WORK_DIR / "dense")
+
+
+def test_the_loss_is_the_mean_over_all_supervised_tokens_and_the_choices_are_the_routers(tmp_path):
+    torch.manual_seed(0)
+    rows = []
+    for prompt, answer in ((5, 3), (9, 7), (4, 1)):
+        ids = torch.randint(3, 128, (1, prompt + answer))
+        rows.append({"input_ids": ids, "labels": torch.cat([torch.full((1, prompt), -100), ids[:, prompt:]], dim=1)})
+    base = tiny_model("llama")
+    token_losses = []
+    with torch.no_grad():
+        for row in rows:
+            logits = base(row["input_ids"]).logits[0, :-1].log_softmax(-1)
+            targets = row["labels"][0, 1:]
+            token_losses += [-logits[t, target].item() for t, target in enumerate(targets) if target != -100]
+    loss, chosen = tt_lora_moe.evaluate(base, rows)
+    assert chosen == []
+    assert loss == pytest.approx(sum(token_losses) / 11, rel=1e-5)  # float32 sums in another order
+
+    pool = peft.get_peft_model(base, TTLoraMoeConfig(experts=save_experts(tmp_path), task_type="CAUSAL_LM")).eval()
+    _, chosen = tt_lora_moe.evaluate(pool, rows)
+    assert len(chosen) == len(rows)
+    assert set(chosen) <= set(EXPERTS)
