@@ -15,14 +15,25 @@ from .registration import add_peft_type, register  # noqa: E402
 
 add_peft_type("PERFT")
 add_peft_type("TT_LORA")
+add_peft_type("PT_MOE")
 
 from .perft import PerftConfig, PerftModel  # noqa: E402
+from .pt_moe import PTMoeConfig, PTMoeModel  # noqa: E402
 from .tt_lora import TTLoraConfig, TTLoraModel  # noqa: E402
 
 register("perft", PerftConfig, PerftModel)
 register("tt_lora", TTLoraConfig, TTLoraModel)
+register("pt_moe", PTMoeConfig, PTMoeModel)
 
-__all__ = ["MoePeftPlugin", "PerftConfig", "PerftModel", "TTLoraConfig", "TTLoraModel"]
+__all__ = [
+    "MoePeftPlugin",
+    "PTMoeConfig",
+    "PTMoeModel",
+    "PerftConfig",
+    "PerftModel",
+    "TTLoraConfig",
+    "TTLoraModel",
+]
 
 
 def __getattr__(name: str) -> Any:
