@@ -25,9 +25,7 @@ class PTMoeConfig(PeftConfig):
     num_experts: int = field(default=2, metadata={"help": "N, the prompt experts. 1 has no router."})
     rank: int | None = field(
         default=36,
-        metadata={
-            "help": "R: expert i is A_i B, with A_i (T, R) and a shared B (R, H). null: not factorised, (T, H)."
-        },
+        metadata={"help": "R: expert i is A_i B, with A_i (T, R) and B (R, H) shared by all. null: not factorised."},
     )
     top_k: int = field(default=1, metadata={"help": "Experts that a sequence's prompt is mixed from."})
     router_noise_std: float = field(
@@ -77,8 +75,8 @@ class PTMoeConfig(PeftConfig):
             raise ValueError(f"pt_moe.rank: {self.rank!r} is not allowed; it is an integer of at least 1, or null.")
         if self.rank > self.num_virtual_tokens:
             raise ValueError(
-                f"pt_moe.rank: {self.rank} is more than num_virtual_tokens ({self.num_virtual_tokens}), which a prompt "
-                "of so many tokens cannot have. Use a smaller rank, or null for a prompt that is not factorised."
+                f"pt_moe.rank: {self.rank} is more than num_virtual_tokens ({self.num_virtual_tokens}), which no "
+                "prompt of so many tokens has. Use a smaller rank, or null for a prompt that is not factorised."
             )
 
     def _check_router(self) -> None:

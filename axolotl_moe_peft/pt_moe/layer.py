@@ -31,27 +31,21 @@ _RANK_TOLERANCE = 1e-6
 # Attribute of a cache: which adapter's prompt is in it.
 _CACHE_MARK = "_pt_moe_prompt"
 _FLASH_KWARGS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-_PER_TOKEN_KWARGS = ("token_type_ids", "seq_idx", "cache_position")
+_PER_TOKEN_KWARGS = ("token_type_ids", "seq_idx", "cache_position", "read_index")
 
 
-@dataclass
-class _Generation:
-    """One call of generate: the length of its input, which is all that the router may read."""
-
-    input_length: int | None = None
-
-
-_generation: ContextVar[_Generation | None] = ContextVar("generation", default=None)
+# How many tokens a router may read where a call of generate runs.
+_input_length: ContextVar[int | None] = ContextVar("input_length", default=None)
 
 
 @contextmanager
-def generation() -> Iterator[None]:
-    """Within it, routers read the input of the first call only: without a cache each step calls with more tokens."""
-    token = _generation.set(_Generation())
+def generation(input_length: int | None) -> Iterator[None]:
+    """Within it, routers read the input only: without a cache, and with an assistant, calls have more tokens."""
+    token = _input_length.set(input_length)
     try:
         yield
     finally:
-        _generation.reset(token)
+        _input_length.reset(token)
 
 
 @dataclass(frozen=True)
@@ -338,12 +332,9 @@ class PTMoeLayer(nn.Module, BaseTunerLayer):
             labels = None  # a class of the whole row
         call = call | {"labels": labels, "position_ids": _positions(call, embeds_BSD.shape[1])}
         sequences = find_sequences(call, config.router_input if routed else "sequence")
-        running = _generation.get()
-        if running is None or labels is not None:
+        if _input_length.get() is None:
             return sequences
-        if running.input_length is None:
-            running.input_length = embeds_BSD.shape[1]
-        readable = torch.arange(embeds_BSD.shape[1], device=embeds_BSD.device) < running.input_length
+        readable = torch.arange(embeds_BSD.shape[1], device=embeds_BSD.device) < _input_length.get()
         return replace(sequences, prompt_BS=sequences.prompt_BS & readable)
 
     def _continue(self, adapter_name: str, call: dict[str, Any]) -> dict[str, Any]:

@@ -60,9 +60,11 @@ class PTMoeModel(Tuner):
         config = kwargs.get("generation_config") or self.model.generation_config
         if kwargs.get("prefill_chunk_size", config.prefill_chunk_size) is not None:
             raise ValueError(
-                "pt_moe: `prefill_chunk_size` is not supported: the router has to read the input at once. Leave it out."
+                "pt_moe: `prefill_chunk_size` is not supported, as the router has to read all of the input at once. "
+                "Leave it out."
             )
-        with generation():
+        given = [kwargs.get(name) for name in ("inputs_embeds", "input_ids", "inputs")] + [*args[:1]]
+        with generation(next((x.shape[1] for x in given if x is not None), 1)):  # or a single BOS
             return self.model.generate(*args, **kwargs)
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
@@ -151,7 +153,7 @@ class PTMoeModel(Tuner):
         return ids if all(ids) else None
 
     def parameter_rows(self, adapter_name: str = "default") -> list[ParameterRow]:
-        """What is trainable in the model, by part: experts, their shared factor, router, and anything else (nothing)."""
+        """What is trainable in the model, by part: experts, the factor they share, router, other (nothing)."""
         layer, config = self._layer, self.peft_config[adapter_name]
         experts = [layer.ptmoe_experts[adapter_name]]
         shared = [layer.ptmoe_shared[adapter_name]] if adapter_name in layer.ptmoe_shared else []
