@@ -151,6 +151,7 @@ class PTMoeLayer(nn.Module, BaseTunerLayer):
         # adapters that could not start from their text, until they are loaded
         self.without_text: set[str] = set()
         self.max_positions = getattr(decoder.config.get_text_config(), "max_position_embeddings", None)
+        self._device: torch.device | None = None
         self._labels: Tensor | None = None
         self._layout: _Layout | None = None
         self._handles = [
@@ -180,6 +181,7 @@ class PTMoeLayer(nn.Module, BaseTunerLayer):
             )
             self.ptmoe_router_bias[adapter_name] = nn.Parameter(torch.empty(config.num_experts, **shape))
         self.ptmoe_config[adapter_name] = config
+        self._device = device
         self.set_adapter(self.active_adapters)
 
     @torch.no_grad()
@@ -394,6 +396,10 @@ class PTMoeLayer(nn.Module, BaseTunerLayer):
             stacklevel=2,
         )
         self.without_text.remove(adapter_name)
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, None]:
+        # there is no base layer; PEFT asks where an adapter that was made on the meta device goes
+        return self._device, None
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         self.without_text -= {n for n in self.ptmoe_experts if f"{prefix}ptmoe_experts.{n}" in state_dict}
