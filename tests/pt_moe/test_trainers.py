@@ -115,6 +115,7 @@ def test_trl_sft_trainer_takes_the_config(tmp_path, packed):
             max_steps=3,
             max_length=32,
             packing=packed,
+            completion_only_loss=True,
             **COMMON,
         ),
         train_dataset=dataset,
