@@ -151,6 +151,7 @@ class PTMoeLayer(nn.Module, BaseTunerLayer):
         # adapters that could not start from their text, until they are loaded
         self.without_text: set[str] = set()
         self.max_positions = getattr(decoder.config.get_text_config(), "max_position_embeddings", None)
+        self._takes_positions = "position_ids" in inspect.signature(decoder.forward).parameters
         self._device: torch.device | None = None
         self._labels: Tensor | None = None
         self._layout: _Layout | None = None
@@ -181,6 +182,7 @@ class PTMoeLayer(nn.Module, BaseTunerLayer):
             )
             self.ptmoe_router_bias[adapter_name] = nn.Parameter(torch.empty(config.num_experts, **shape))
         self.ptmoe_config[adapter_name] = config
+        self.without_text.discard(adapter_name)
         self._device = device
         self.set_adapter(self.active_adapters)
 
@@ -313,9 +315,9 @@ class PTMoeLayer(nn.Module, BaseTunerLayer):
         mask = None if mask is None or layout.packed else layout.grow_mask(mask)
         call = call | {"input_ids": None, "attention_mask": mask, "position_ids": layout.position_BL}
         if mask is None and layout.isolated:
-            _check_isolation(decoder, call, layout)
+            self._check_isolation(decoder, call, layout)
             call["use_cache"] = False  # nor does it with a cache, and a new one is its default
-        if "position_ids" not in inspect.signature(decoder.forward).parameters:
+        if not self._takes_positions:
             del call["position_ids"]
         for name in _FLASH_KWARGS:  # found anew from the positions
             call.pop(name, None)
@@ -360,7 +362,22 @@ class PTMoeLayer(nn.Module, BaseTunerLayer):
             # the cache counts padding, which is no position
             self._check_length(past + new if position_ids is None else int(position_ids.max()) + 1, config)
         call = call | {"attention_mask": mask}
-        return call | {"position_ids": position_ids} if "position_ids" in call else call
+        return call | {"position_ids": position_ids} if self._takes_positions else call
+
+    def _check_isolation(self, decoder: nn.Module, call: dict[str, Any], layout: _Layout) -> None:
+        """Whether positions alone keep the segments of a row apart."""
+        if call.get("past_key_values") is not None:
+            raise ValueError("pt_moe: packed rows cannot be continued; call the model with `use_cache=False`.")
+        if not self._takes_positions:
+            raise ValueError(
+                f"pt_moe: {type(decoder).__name__} takes no position_ids, so that nothing would keep the segments of a "
+                "packed row apart. Set `sample_packing: false`."
+            )
+        if "flash" in decoder.config._attn_implementation and layout.shape[0] > 1:
+            raise ValueError(
+                f"pt_moe: flash attention keeps the segments of one packed row apart, not of {layout.shape[0]}. Set "
+                "`micro_batch_size: 1` with a longer sequence_len, or `attn_implementation: sdpa`."
+            )
 
     def _active(self) -> str | None:
         names = [] if self.disable_adapters else [n for n in self.active_adapters if n in self.ptmoe_experts]
@@ -407,7 +424,7 @@ class PTMoeLayer(nn.Module, BaseTunerLayer):
 
 
 def _bind(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    return dict(zip(inspect.signature(module.forward).parameters, args)) | kwargs
+    return (dict(zip(inspect.signature(module.forward).parameters, args)) if args else {}) | kwargs
 
 
 def _describe(mark: tuple[str, int] | None) -> str:
@@ -434,22 +451,6 @@ def _check_mask(mask: Any) -> None:
         raise ValueError(
             f"pt_moe: an attention mask of shape {shape} is not supported, as it has no room for the prompt. Give one "
             "of shape (batch, length), or none and positions that restart at every segment."
-        )
-
-
-def _check_isolation(decoder: nn.Module, call: dict[str, Any], layout: _Layout) -> None:
-    """Whether positions alone keep the segments of a row apart."""
-    if call.get("past_key_values") is not None:
-        raise ValueError("pt_moe: packed rows cannot be continued; call the model with `use_cache=False`.")
-    if "position_ids" not in inspect.signature(decoder.forward).parameters:
-        raise ValueError(
-            f"pt_moe: {type(decoder).__name__} takes no position_ids, so that nothing would keep the segments of a "
-            "packed row apart. Set `sample_packing: false`."
-        )
-    if "flash" in decoder.config._attn_implementation and layout.shape[0] > 1:
-        raise ValueError(
-            f"pt_moe: flash attention keeps the segments of one packed row apart, not of {layout.shape[0]}. Set "
-            "`micro_batch_size: 1` with a longer sequence_len, or `attn_implementation: sdpa`."
         )
 
 

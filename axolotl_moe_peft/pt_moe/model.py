@@ -19,6 +19,8 @@ from .layer import PTMoeLayer, generation
 
 _LAYER_NAME = "soft_prompt"
 _NEEDED_ARGUMENTS = ("inputs_embeds", "attention_mask", "past_key_values")
+# What reads token ids beside the embeddings: Gemma's embeddings per layer, DeepSeek-V4's routing by token.
+_READERS_OF_IDS = ("embed_tokens_per_layer", "tid2eid")
 # Many different tokens, so that the embeddings span almost as many directions as there are virtual tokens.
 _NEUTRAL_TEXT = (
     "Read the following text carefully, think about what it asks for, and answer with a correct, complete and short "
@@ -87,6 +89,12 @@ class PTMoeModel(Tuner):
             raise ValueError(
                 f"pt_moe: {type(decoder).__name__} takes no {', '.join(missing)}, without which no prompt can be put "
                 "before its tokens. Use `adapter: lora`."
+            )
+        inside = [n.rpartition(".")[2] for n, _ in (*decoder.named_modules(), *decoder.named_buffers())]
+        if any(name in inside for name in _READERS_OF_IDS):
+            raise ValueError(
+                f"pt_moe: layers of {type(decoder).__name__} read the token ids themselves, which a prompt does not "
+                "have. Use `adapter: lora`."
             )
         if peft_config.rank is not None and peft_config.rank > config.hidden_size:
             raise ValueError(

@@ -13,7 +13,15 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from transformers import (
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from tests.pt_moe.prompts import FAMILIES, SETTINGS, T, config, layer_of, pt_moe, randomise_prompts
 from tests.tiny_models import VOCAB_SIZE, random_ids, tiny_model
@@ -354,6 +362,15 @@ def test_an_encoder_decoder_is_refused():
 def test_a_decoder_without_the_arguments_is_refused():
     base = MambaForCausalLM(MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, state_size=4))
     with pytest.raises(ValueError, match="MambaModel takes no past_key_values"):
+        get_peft_model(base, config())
+
+
+def test_a_decoder_whose_layers_read_token_ids_is_refused():
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    small = {"vocab_size": 32, "vocab_size_per_layer_input": 32, "hidden_size_per_layer_input": 4, "laurel_rank": 4}
+    own = {"num_key_value_heads": 1, "head_dim": 8, "num_kv_shared_layers": 0, "layer_types": ["full_attention"] * 2}
+    base = Gemma3nForCausalLM(Gemma3nTextConfig(**sizes, **small, **own, activation_sparsity_pattern=[0.0, 0.0]))
+    with pytest.raises(ValueError, match="layers of Gemma3nTextModel read the token ids themselves"):
         get_peft_model(base, config())
 
 
