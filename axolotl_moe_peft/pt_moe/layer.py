@@ -153,11 +153,11 @@ class PTMoeLayer(nn.Module, BaseTunerLayer):
         self.max_positions = getattr(decoder.config.get_text_config(), "max_position_embeddings", None)
         self._takes_positions = "position_ids" in inspect.signature(decoder.forward).parameters
         self._device: torch.device | None = None
-        self._labels: Tensor | None = None
+        self._call: dict[str, Any] = {}
         self._layout: _Layout | None = None
         self._handles = [
-            model.register_forward_pre_hook(self._note_labels, with_kwargs=True),
-            model.register_forward_hook(self._forget_labels, always_call=True),
+            model.register_forward_pre_hook(self._note_call, with_kwargs=True),
+            model.register_forward_hook(self._forget_call, always_call=True),
             decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
             decoder.register_forward_hook(self._after_decoder, with_kwargs=True),
         ]
@@ -256,11 +256,13 @@ class PTMoeLayer(nn.Module, BaseTunerLayer):
 
     # ------------------------------------------------------------------------------------------- around the decoder
 
-    def _note_labels(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self._labels = _bind(model, args, kwargs).get("labels")
+    def _note_call(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """The decoder sees no labels, and no positions if it has no use for them."""
+        call = _bind(model, args, kwargs)
+        self._call = {name: call[name] for name in ("labels", "position_ids") if call.get(name) is not None}
 
-    def _forget_labels(self, model: nn.Module, args: tuple, output: Any) -> None:
-        self._labels = None
+    def _forget_call(self, model: nn.Module, args: tuple, output: Any) -> None:
+        self._call = {}
 
     def _before_decoder(
         self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]
@@ -325,7 +327,7 @@ class PTMoeLayer(nn.Module, BaseTunerLayer):
         return call | {"inputs_embeds": layout.insert(embeds_BSD, self.prompts(adapter_name, sequences, embeds_BSD))}
 
     def _find_sequences(self, config: PTMoeConfig, call: dict[str, Any], embeds_BSD: Tensor) -> Sequences:
-        labels, routed = self._labels, config.num_experts > 1
+        labels, routed = self._call.get("labels"), config.num_experts > 1
         if self.training and routed and config.router_input == "prompt" and labels is None:
             raise ValueError(
                 "pt_moe: a model in training mode was called without labels, which tell prompt from answer "
@@ -334,6 +336,7 @@ class PTMoeLayer(nn.Module, BaseTunerLayer):
             )
         if labels is not None and labels.shape != embeds_BSD.shape[:2]:
             labels = None  # a class of the whole row
+        call = self._call | {name: value for name, value in call.items() if value is not None}
         call = call | {"labels": labels, "position_ids": _positions(call, embeds_BSD.shape[1])}
         sequences = find_sequences(call, config.router_input if routed else "sequence")
         if _input_length.get() is None:
@@ -370,8 +373,8 @@ class PTMoeLayer(nn.Module, BaseTunerLayer):
             raise ValueError("pt_moe: packed rows cannot be continued; call the model with `use_cache=False`.")
         if not self._takes_positions:
             raise ValueError(
-                f"pt_moe: {type(decoder).__name__} takes no position_ids, so that nothing would keep the segments of a "
-                "packed row apart. Set `sample_packing: false`."
+                f"pt_moe: {type(decoder).__name__} takes no position_ids, so that nothing would keep the segments of "
+                "a packed row apart. Set `sample_packing: false`."
             )
         if "flash" in decoder.config._attn_implementation and layout.shape[0] > 1:
             raise ValueError(

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor
+from transformers import BloomConfig, BloomForCausalLM
 from transformers.modeling_flash_attention_utils import _is_packed_sequence, prepare_fa_kwargs_from_position_ids
 
 from axolotl_moe_peft.routing import load_balancing_loss
@@ -22,7 +23,7 @@ from tests.pt_moe.prompts import (
     reference_loss,
     reference_prompt,
 )
-from tests.tiny_models import PAD, random_ids, tiny_model
+from tests.tiny_models import PAD, VOCAB_SIZE, random_ids, tiny_model
 
 # (length, of that prompt): ids of a sample are random_ids(1, length, seed=length)
 LENGTHS = ((7, 3), (11, 6), (5, 1), (9, 8))
@@ -370,6 +371,19 @@ def test_packed_rows_are_as_long_as_they_like():
 def test_arguments_without_room_for_the_prompt_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         pt_moe()(input_ids=random_ids(1, 5), **call)
+
+
+def test_a_decoder_without_positions_takes_padded_rows_and_refuses_packed_ones():
+    torch.manual_seed(0)
+    bare = BloomForCausalLM(BloomConfig(vocab_size=VOCAB_SIZE, hidden_size=32, n_layer=2, n_head=4)).eval()
+    model = pt_moe(base=copy.deepcopy(bare))
+    for kind in ("left", "right"):
+        for logits, (ids, n) in zip(split(kind, model(**batch(kind)).logits), samples(), strict=True):
+            torch.testing.assert_close(
+                logits, reference_logits(bare, adapter_tensors(model), config(), ids, n), **CLOSE
+            )
+    with pytest.raises(ValueError, match="BloomModel takes no position_ids.*sample_packing: false"):
+        model(**batch("packed"))
 
 
 def test_packed_rows_that_flash_attention_would_mix_are_refused():
