@@ -271,16 +271,19 @@ class PTMoeLayer(nn.Module, BaseTunerLayer):
         adapter_name = self._active()
         call = _bind(decoder, args, kwargs)
         cache = call.get("past_key_values")
-        if cache is not None and adapter_name is not None and cache.is_compileable:
+        mark, expected = getattr(cache, _CACHE_MARK, None), self._mark(adapter_name)
+        if mark is None and expected is None:
+            return None
+        if cache is not None and cache.is_compileable:
             raise ValueError(
                 f"pt_moe: a {type(cache).__name__} has its length and its masks fixed without room for the prompt. "
                 "Leave `cache_implementation` out (a DynamicCache)."
             )
         filled = cache is not None and cache.get_seq_length() > 0
-        if filled and getattr(cache, _CACHE_MARK, None) != self._mark(adapter_name):
+        if filled and mark != expected:
             raise ValueError(
-                f"pt_moe: the cache was filled with {_describe(getattr(cache, _CACHE_MARK, None))}, but now it is "
-                f"{_describe(self._mark(adapter_name))}. Begin with a new cache."
+                f"pt_moe: the cache was filled with {_describe(mark)}, but now it is {_describe(expected)}. Begin "
+                "with a new cache."
             )
         if adapter_name is None:
             return None

@@ -7,8 +7,9 @@ import json
 
 import pytest
 from peft import PeftConfig, PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
-from axolotl_moe_peft import PTMoeConfig
+from axolotl_moe_peft import PTMoeConfig, PTMoeModel
 
 # The keys of the `pt_moe:` block, which are the config's own fields, with their defaults.
 DEFAULTS = {
@@ -32,6 +33,12 @@ def own_values(config: PTMoeConfig) -> dict:
 def test_defaults_are_the_contracts():
     assert own_values(PTMoeConfig()) == DEFAULTS
     assert PTMoeConfig().peft_type == PeftType.PT_MOE
+
+
+def test_peft_knows_the_method():
+    assert PEFT_TYPE_TO_CONFIG_MAPPING["PT_MOE"] is PTMoeConfig
+    assert PEFT_TYPE_TO_TUNER_MAPPING["PT_MOE"] is PTMoeModel
+    assert PEFT_TYPE_TO_PREFIX_MAPPING["PT_MOE"] == "ptmoe_"  # `pt_moe_` is part of `gpt_moe_`
 
 
 def test_every_key_has_a_help_text():
