@@ -13,20 +13,23 @@ check_version("peft")
 
 from .registration import add_peft_type, register  # noqa: E402
 
-add_peft_type("PERFT")
-add_peft_type("TT_LORA")
-add_peft_type("TT_LORA_MOE")
+for _name in ("PERFT", "TT_LORA", "TT_LORA_MOE", "PT_MOE"):
+    add_peft_type(_name)
 
 from .perft import PerftConfig, PerftModel  # noqa: E402
+from .pt_moe import PTMoeConfig, PTMoeModel  # noqa: E402
 from .tt_lora import TTLoraConfig, TTLoraModel  # noqa: E402
 from .tt_lora_moe import TTLoraMoeConfig, TTLoraMoeModel  # noqa: E402
 
 register("perft", PerftConfig, PerftModel)
 register("tt_lora", TTLoraConfig, TTLoraModel)
 register("tt_lora_moe", TTLoraMoeConfig, TTLoraMoeModel)
+register("pt_moe", PTMoeConfig, PTMoeModel)
 
 __all__ = [
     "MoePeftPlugin",
+    "PTMoeConfig",
+    "PTMoeModel",
     "PerftConfig",
     "PerftModel",
     "TTLoraConfig",

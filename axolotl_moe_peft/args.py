@@ -12,6 +12,7 @@ from peft import PeftConfig
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
 from .perft import PerftConfig
+from .pt_moe import PTMoeConfig
 from .tt_lora import TTLoraConfig
 from .tt_lora_moe import TTLoraMoeConfig
 from .tt_lora_moe.experts import could_be_on_the_hub, read_expert
@@ -20,16 +21,17 @@ CONFIGS: dict[str, type[PeftConfig]] = {
     "perft": PerftConfig,
     "tt_lora": TTLoraConfig,
     "tt_lora_moe": TTLoraMoeConfig,
+    "pt_moe": PTMoeConfig,
 }
 
-# Keys of the host's LoRA that an own key of the block replaces.
+# Keys of the host's LoRA that an own key of the block replaces, the first one that the block has.
 _REPLACED = {
-    "lora_r": "rank",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "lora_target_modules": "target_modules",
-    "lora_target_linear": "target_modules",
-    "peft_layers_to_transform": "layers_to_transform",
+    "lora_r": ("rank",),
+    "lora_alpha": ("alpha",),
+    "lora_dropout": ("dropout",),
+    "lora_target_modules": ("target_modules",),
+    "lora_target_linear": ("target_modules",),
+    "peft_layers_to_transform": ("layers_to_transform", "target_modules"),  # a regular expression chooses layers, too
 }
 # Keys of the host's LoRA without a counterpart here.
 _MEANINGLESS = (
@@ -63,6 +65,9 @@ _TRAINING_FIELDS = (
     "router_aux_loss_coef",
     "router_z_loss_coef",
     "base_router_aux_loss_coef",
+    "router_noise",
+    "router_noise_std",
+    "init_text",
     "experts",  # a saved pool has its experts in it; those that the YAML has beside them are added
 )
 # Keys that one setting of the block makes meaningless: (key, setting, value of the setting with which it counts).
@@ -75,6 +80,7 @@ _COUNTS_ONLY_WITH = {
     ),
     "tt_lora": (),
     "tt_lora_moe": (),
+    "pt_moe": (),
 }
 # Why an adapter cannot be merged; those that are not here can.
 _UNMERGEABLE = {
@@ -82,10 +88,13 @@ _UNMERGEABLE = {
     "computes that",
     "tt_lora_moe": "which expert acts is chosen for each sequence, and no weight of the base model computes that; "
     "merge a single expert's own tt_lora adapter instead",
+    "pt_moe": "it is a prompt before the text, which no weight of the base model computes",
 }
 # Why an adapter cannot be trained by a method of `rl:`.
 _SUPERVISED_ONLY = {
     "tt_lora_moe": "its router is trained on the prompts of labelled rows, and the trainers of `rl:` call the model "
+    "without labels",
+    "pt_moe": "its prompt is chosen by the part of a row before the labels, and the trainers of `rl:` call the model "
     "without labels",
 }
 
@@ -115,6 +124,7 @@ def _default(field: dataclasses.Field) -> dict[str, Any]:
 PerftBlock = _block_model(PerftConfig)
 TTLoraBlock = _block_model(TTLoraConfig)
 TTLoraMoeBlock = _block_model(TTLoraMoeConfig)
+PTMoeBlock = _block_model(PTMoeConfig)
 
 
 class MoePeftArgs(BaseModel):
@@ -125,6 +135,7 @@ class MoePeftArgs(BaseModel):
     tt_lora_moe: TTLoraMoeBlock | None = Field(
         default=None, description="A router over trained TT-LoRA experts; needs `adapter: tt_lora_moe`."
     )
+    pt_moe: PTMoeBlock | None = Field(default=None, description="A mixture of soft prompts; needs `adapter: pt_moe`.")
 
     @model_validator(mode="before")
     @classmethod
@@ -141,13 +152,12 @@ class MoePeftArgs(BaseModel):
         if data.get(adapter) is None:
             raise ValueError(f"`adapter: {adapter}` needs a `{adapter}:` block; `{adapter}: {{}}` takes the defaults.")
         _check_keys_of_the_block(adapter, data[adapter])
-        for key, own in _REPLACED.items():
+        own_keys = _own_fields(CONFIGS[adapter])
+        for key, candidates in _REPLACED.items():
             if data.get(key):
-                if own not in _own_fields(CONFIGS[adapter]):
-                    own = "target_modules"  # a regular expression chooses layers, too
-                raise ValueError(
-                    f"`{key}` means nothing with `adapter: {adapter}`; write `{own}` in the `{adapter}:` block."
-                )
+                own = next((candidate for candidate in candidates if candidate in own_keys), None)
+                instead = f"write `{own}` in the `{adapter}:` block" if own else "remove it"
+                raise ValueError(f"`{key}` means nothing with `adapter: {adapter}`; {instead}.")
         for key in _MEANINGLESS:
             if data.get(key):
                 raise ValueError(f"`{key}` means nothing with `adapter: {adapter}`; remove it.")
@@ -157,6 +167,8 @@ class MoePeftArgs(BaseModel):
                     f"`{key}` does not work with `adapter: {adapter}`: Axolotl quantises the base only for its own "
                     "lora and qlora. Remove the key and load the base in bf16."
                 )
+        if adapter == "tt_lora_moe" and data.get("pretraining_dataset"):
+            raise ValueError("`pretraining_dataset` has no `expert:` for the router to learn; use `datasets`.")
         if data.get("rl") and adapter in _SUPERVISED_ONLY:
             raise ValueError(
                 f"`rl: {data['rl']}` does not work with `adapter: {adapter}`: {_SUPERVISED_ONLY[adapter]}."
@@ -209,48 +221,58 @@ class MoePeftArgs(BaseModel):
         return self
 
 
-def check_dataset_experts(data: Mapping[str, Any]) -> None:
-    """Check `expert:` of the datasets, the router's label, and that there are prompts to read.
+def check_datasets(data: Mapping[str, Any]) -> None:
+    """Check `expert:` of the datasets, the router's label, and that there are prompts for a router to read.
 
     Args:
-        data: the raw YAML. Validation is too late: Axolotl's schema drops the key before any other check.
+        data: the raw YAML. Validation is too late: Axolotl's schema drops `expert` before any other check.
 
     Raises:
         ValueError: a name is missing, unknown or without meaning, or the rows have no prompts.
     """
+    datasets = [(f"datasets[{i}]", dataset) for i, dataset in enumerate(data.get("datasets") or [])]
+    test_datasets = [(f"test_datasets[{i}]", dataset) for i, dataset in enumerate(data.get("test_datasets") or [])]
     adapter = data.get("adapter")
-    training = [(f"datasets[{i}]", dataset) for i, dataset in enumerate(data.get("datasets") or [])]
-    testing = [(f"test_datasets[{i}]", dataset) for i, dataset in enumerate(data.get("test_datasets") or [])]
     if adapter != "tt_lora_moe":
-        for what, dataset in training + testing:
+        for what, dataset in datasets + test_datasets:
             if dataset.get("expert") is not None:
                 raise ValueError(f"{what}.expert means nothing with `adapter: {adapter}`; remove it.")
-        return
-    names = expert_names(data)
-    if not names:
-        return  # the block is wrong, which validation tells
-    block = data[adapter]
-    if data.get("pretraining_dataset"):
-        raise ValueError("`pretraining_dataset` does not work with `adapter: tt_lora_moe`; use `datasets`.")
-    for what, dataset in training + testing:
-        if dataset.get("expert") is None and (what, dataset) in training:
+    elif names := expert_names(data):  # else the block is wrong, which validation tells
+        _check_experts_of_datasets(datasets, test_datasets, names)
+    block = data.get(adapter) if adapter in ("tt_lora_moe", "pt_moe") else None
+    if isinstance(block, Mapping) and block.get("router_input", "prompt") == "prompt":
+        if adapter == "tt_lora_moe" or block.get("num_experts") != 1:  # a single prompt is not chosen
+            _check_prompts(adapter, data, datasets + test_datasets)
+
+
+def _check_experts_of_datasets(
+    datasets: list[tuple[str, Any]], test_datasets: list[tuple[str, Any]], names: list[Any]
+) -> None:
+    known = ", ".join(map(str, names))
+    for what, dataset in datasets:
+        if dataset.get("expert") is None:
             raise ValueError(
                 f"{what} ({dataset.get('path')}) has no `expert:`; name the expert that its rows belong to, which is "
-                f"the router's label: one of {', '.join(map(str, names))}."
+                f"the router's label: one of {known}."
             )
-        if dataset.get("expert") is not None and dataset["expert"] not in names:
+    for what, dataset in datasets + test_datasets:
+        if dataset.get("expert") not in (None, *names):
             raise ValueError(
-                f"{what}.expert: {dataset['expert']!r} is no name in tt_lora_moe.experts; use one of "
-                f"{', '.join(map(str, names))}."
+                f"{what}.expert: {dataset['expert']!r} is no name in tt_lora_moe.experts; use one of {known}."
             )
-        completion = str(dataset.get("type")).partition(":")[0] == "completion"
-        if block.get("router_input", "prompt") == "prompt" and (completion or data.get("train_on_inputs")):
-            key = f"{what}.type: {dataset['type']}" if completion else "train_on_inputs: true"
-            raise ValueError(
-                f"`{key}` leaves no prompts that the router could read; it reads what comes before the first "
-                "supervised token. Use a type with prompts and `train_on_inputs: false`, or let the router read whole "
-                "sequences with `router_input: sequence` in the `tt_lora_moe:` block, in training and at inference."
-            )
+
+
+def _check_prompts(adapter: str, data: Mapping[str, Any], datasets: list[tuple[str, Any]]) -> None:
+    keys = [f"{what}.type: completion" for what, d in datasets if str(d.get("type")).split(":")[0] == "completion"]
+    keys += ["train_on_inputs: true"] if data.get("train_on_inputs") else []
+    keys += ["pretraining_dataset"] if data.get("pretraining_dataset") else []
+    if keys:
+        raise ValueError(
+            f"`{keys[0]}` leaves no prompts that the router could read; it reads what comes before the first "
+            "supervised token. Use `datasets` of a type with prompts and `train_on_inputs: false`, or let the router "
+            f"read whole sequences with `router_input: sequence` in the `{adapter}:` block, in training and at "
+            "inference."
+        )
 
 
 def expert_names(data: Mapping[str, Any]) -> list[Any]:

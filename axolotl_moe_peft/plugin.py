@@ -30,12 +30,13 @@ from transformers import (  # noqa: E402
 
 from .args import (  # noqa: E402
     CONFIGS,
-    check_dataset_experts,
+    check_datasets,
     check_saved_adapter,
     could_be_on_the_hub,
     expert_names,
 )
 from .dataset_experts import COLUMN, ExpertLabelCollator, tag_dataset  # noqa: E402
+from .pt_moe import PTMoeConfig  # noqa: E402
 from .summary import format_table  # noqa: E402
 from .tt_lora_moe import TTLoraMoeConfig  # noqa: E402
 
@@ -46,7 +47,7 @@ class MoePeftPlugin(BasePlugin):
     """Adds the adapters of this package and their blocks to Axolotl."""
 
     def register(self, cfg: dict[str, Any]) -> None:
-        check_dataset_experts(cfg)
+        check_datasets(cfg)
         datasets, names = cfg.get("datasets") or [], expert_names(cfg)
         if cfg.get("adapter") != "tt_lora_moe" or not names or cfg.get("inference") or cfg.get("merge_lora"):
             return
@@ -175,10 +176,22 @@ def _check_base_model(cfg: DictDefault) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     config = _peft_config(cfg)
+    if isinstance(config, PTMoeConfig):
+        _check_room_for_the_prompt(cfg, model, config)
     if cfg.lora_model_dir and not could_be_on_the_hub(cfg.lora_model_dir):
         _add_experts(get_peft_model(model, _config_of_saved(config, cfg.lora_model_dir)), config)
     else:
         get_peft_model(model, config)
+
+
+def _check_room_for_the_prompt(cfg: DictDefault, model: PreTrainedModel, config: PTMoeConfig) -> None:
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if most is not None and cfg.sequence_len + config.num_virtual_tokens > most:
+        raise ValueError(
+            f"sequence_len: {cfg.sequence_len} and the prompt of {config.num_virtual_tokens} tokens before each "
+            f"sequence (pt_moe.num_virtual_tokens) are more than the {most} positions of the base model. Use "
+            f"`sequence_len: {most - config.num_virtual_tokens}` at most."
+        )
 
 
 def _config_of_saved(config: PeftConfig, folder: str) -> PeftConfig:

@@ -15,7 +15,7 @@ class ParameterRow:
     """Trainable parameters of one part of an adapter.
 
     Attributes:
-        part: experts, router, cores or other.
+        part: experts, shared, router, cores or other.
         tensors, parameters: how many.
         activated: parameters that one token passes through; a router counts whole.
         dtype: e.g. float32.

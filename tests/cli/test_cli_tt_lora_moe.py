@@ -308,7 +308,7 @@ REFUSED: dict[str, tuple[Callable[[Path], dict[str, Any]], tuple[str, ...]]] = {
     "rl": (lambda f: {"rl": "dpo"}, ("`rl: dpo` does not work with `adapter: tt_lora_moe`", "without labels")),
     "pretraining_dataset": (
         lambda f: {"datasets": None, "pretraining_dataset": "x.jsonl"},
-        ("`pretraining_dataset` does not work", "use `datasets`"),
+        ("`pretraining_dataset`", "leaves no prompts", "Use `datasets`"),
     ),
     "lora_r": (lambda f: {"lora_r": 8}, ("`lora_r` means nothing with `adapter: tt_lora_moe`",)),
     "4 bit": (lambda f: {"load_in_4bit": True}, ("`load_in_4bit`", "bf16")),

@@ -1,0 +1,196 @@
+"""PTMoeModel: attaches PT-MoE prompts to the decoder of a model."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+from ..auxiliary import AuxiliaryLosses
+from ..summary import ParameterRow, parameter_row
+from ..tuner import Tuner
+from .config import PTMoeConfig
+from .layer import PTMoeLayer, generation
+
+_LAYER_NAME = "soft_prompt"
+_NEEDED_ARGUMENTS = ("inputs_embeds", "attention_mask", "past_key_values")
+# What reads token ids beside the embeddings: Gemma's embeddings per layer, DeepSeek-V4's routing by token.
+_READERS_OF_IDS = ("embed_tokens_per_layer", "tid2eid")
+# Many different tokens, so that the embeddings span almost as many directions as there are virtual tokens.
+_NEUTRAL_TEXT = (
+    "Read the following text carefully, think about what it asks for, and answer with a correct, complete and short "
+    "reply. Use only facts that are given or well known, work through every step in order, check each result once "
+    "more, and keep to the form in which the question wants its solution."
+)
+
+
+class PTMoeModel(Tuner):
+    """PT-MoE: a mixture of factorised soft prompts, chosen once per sequence (arXiv 2505.09519).
+
+    Args:
+        model: a model of transformers whose decoder goes from embeddings to last hidden states.
+        config: a PTMoeConfig.
+        adapter_name: name of the adapter.
+
+    Attributes:
+        auxiliary: the router loss's context.
+        statistics: what was measured of the router in training; `.pop()` reads the figures since the last read.
+
+    Raises:
+        ValueError: the model or the configuration does not allow a prompt.
+    """
+
+    # occurs in no base model; `pt_moe_` does, in `gpt_moe_`
+    prefix = "ptmoe_"
+    tuner_layer_cls = PTMoeLayer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # a call, not `.forward` as in BaseTuner: the labels reach the prompt through the model's hooks
+        return self.model(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate with the prompts that the input's tokens choose, whatever is generated then.
+
+        Raises:
+            ValueError: chunks of the input would choose, and not all of it.
+        """
+        config = kwargs.get("generation_config") or self.model.generation_config
+        if kwargs.get("prefill_chunk_size", config.prefill_chunk_size) is not None:
+            raise ValueError(
+                "pt_moe: `prefill_chunk_size` is not supported, as the router has to read all of the input at once. "
+                "Leave it out."
+            )
+        given = [kwargs.get(name) for name in ("inputs_embeds", "input_ids", "inputs")] + [*args[:1]]
+        with generation(next((x.shape[1] for x in given if x is not None), 1)):  # or a single BOS
+            return self.model.generate(*args, **kwargs)
+
+    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        self.auxiliary = AuxiliaryLosses(model)
+        self.statistics = self.auxiliary.statistics
+
+    def _prepare_adapter_config(self, peft_config: PTMoeConfig, model_config: dict) -> PTMoeConfig:
+        return peft_config
+
+    def _prepare_model(self, peft_config: PTMoeConfig, model: nn.Module) -> None:
+        """Check that the model can have such a prompt, before anything is attached."""
+        decoder, name = model.base_model, type(model).__name__
+        config = model.config.get_text_config()
+        if model.config.is_encoder_decoder:
+            raise ValueError(
+                f"pt_moe: {name} is an encoder-decoder; the prompt goes before the text of a decoder. Use a decoder-"
+                "only model, or `adapter: lora`."
+            )
+        missing = [n for n in _NEEDED_ARGUMENTS if n not in inspect.signature(decoder.forward).parameters]
+        if missing:
+            raise ValueError(
+                f"pt_moe: {type(decoder).__name__} takes no {', '.join(missing)}, without which no prompt can be put "
+                "before its tokens. Use `adapter: lora`."
+            )
+        inside = [n.rpartition(".")[2] for n, _ in (*decoder.named_modules(), *decoder.named_buffers())]
+        if any(name in inside for name in _READERS_OF_IDS):
+            raise ValueError(
+                f"pt_moe: layers of {type(decoder).__name__} read the token ids themselves, which a prompt does not "
+                "have. Use `adapter: lora`."
+            )
+        if peft_config.rank is not None and peft_config.rank > config.hidden_size:
+            raise ValueError(
+                f"pt_moe.rank: {peft_config.rank} is more than the hidden size of {name} ({config.hidden_size}). Use "
+                "a smaller rank, or null for a prompt that is not factorised."
+            )
+        max_positions = getattr(config, "max_position_embeddings", None)
+        if max_positions is not None and peft_config.num_virtual_tokens >= max_positions:
+            raise ValueError(
+                f"pt_moe.num_virtual_tokens: {peft_config.num_virtual_tokens} leaves no room for a text: {name} has "
+                f"{max_positions} positions. Use fewer."
+            )
+        self._embedding_name = next(n for n, m in model.named_modules() if m is decoder.get_input_embeddings())
+
+    def _check_target_module_exists(self, peft_config: PTMoeConfig, key: str) -> bool:
+        return key == self._embedding_name
+
+    def _create_and_replace(
+        self,
+        peft_config: PTMoeConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        """Add the adapter to the decoder's layer; the target, the token embeddings, stays as it is."""
+        if self._layer is None:
+            self.model.base_model.add_module(
+                _LAYER_NAME, PTMoeLayer(self.model, self.model.base_model, self.auxiliary)
+            )
+        layer, weight = self._layer, target.weight
+        layer.update_layer(adapter_name, peft_config, self.model.config.get_text_config().hidden_size, weight.device)
+        if not layer.ptmoe_experts[adapter_name].is_meta:  # else it is loaded, or materialised from another process
+            layer.reset_parameters(adapter_name, self._initial_embeddings(adapter_name, peft_config, target))
+
+    @torch.no_grad()
+    def _initial_embeddings(self, adapter_name: str, config: PTMoeConfig, embedding: nn.Module) -> Tensor:
+        """Embeddings (N or 1, T, D) of the initial texts, tiled or cut to T tokens."""
+        texts = config.init_text if isinstance(config.init_text, list) else [config.init_text or _NEUTRAL_TEXT]
+        vocab_size, length = embedding.weight.shape[0], config.num_virtual_tokens
+        ids = None
+        if not config.inference_mode:  # else it is loaded next
+            ids = self._tokenise(texts, config)
+        if ids is None or max(map(max, ids)) >= vocab_size:
+            self._layer.without_text.add(adapter_name)
+            generator = torch.Generator().manual_seed(torch.initial_seed())
+            ids = [torch.randint(vocab_size, (length,), generator=generator).tolist()]
+        tiled = [(text_ids * length)[:length] for text_ids in ids]
+        return embedding(torch.tensor(tiled, device=embedding.weight.device)).float()
+
+    def _tokenise(self, texts: list[str], config: PTMoeConfig) -> list[list[int]] | None:
+        """Token ids of each text with the base model's tokenizer; None if it cannot be had."""
+        base = self.model.name_or_path or config.base_model_name_or_path
+        if not base:
+            return None
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(base, revision=config.revision)
+        except (OSError, ValueError, KeyError) as error:
+            warnings.warn(f"pt_moe: the tokenizer of {base!r} cannot be loaded: {error}", stacklevel=2)
+            return None
+        ids = tokenizer(texts, add_special_tokens=False).input_ids
+        return ids if all(ids) else None
+
+    def parameter_rows(self, adapter_name: str = "default") -> list[ParameterRow]:
+        """What is trainable in the model, by part: experts, the factor they share, router, other (nothing)."""
+        layer, config = self._layer, self.peft_config[adapter_name]
+        experts = [layer.ptmoe_experts[adapter_name]]
+        shared = [layer.ptmoe_shared[adapter_name]] if adapter_name in layer.ptmoe_shared else []
+        routers = (layer.ptmoe_router_weight, layer.ptmoe_router_bias)
+        router = [part[adapter_name] for part in routers if adapter_name in part]
+        own = {id(p) for p in experts + shared + router}
+        other = [p for p in self.model.parameters() if p.requires_grad and id(p) not in own]
+        return [
+            parameter_row("experts", experts, experts[0].numel() // config.num_experts * config.top_k),
+            parameter_row("shared", shared),
+            parameter_row("router", router),
+            parameter_row("other", other),
+        ]
+
+    @property
+    def _layer(self) -> PTMoeLayer | None:
+        return getattr(self.model.base_model, _LAYER_NAME, None)
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError(
+            "PT-MoE adapters cannot be merged: they are a prompt before the text, chosen per sequence, and no weight "
+            "of the base model computes that. Keep the adapter beside the base model "
+            "(PeftModel.from_pretrained(base, folder)); `unload()` gives the base model back."
+        )
+
+    def unload(self) -> nn.Module:
+        """Return the base model without any adapter or hook of ours."""
+        self.auxiliary.detach()
+        self._layer.detach()
+        delattr(self.model.base_model, _LAYER_NAME)
+        return super().unload()

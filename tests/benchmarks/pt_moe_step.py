@@ -1,0 +1,200 @@
+"""PT-MoE on a Llama of SmolLM2's width: training steps beside PEFT's prompt tuning, packing, and decoding.
+
+- step: forward, loss, backward and AdamW on one padded batch, with the same number of virtual tokens.
+- packing: one pass over rows of GSM8K's lengths, padded to the longest of each batch or packed, a prompt each; real
+  tokens per second. The time is that of forward and backward.
+- decoding: a token with everything before it in the cache, beside the bare base.
+
+The candidates share the base's parameters. No tokenizer is needed: words, digits and punctuation marks are counted,
+which for this data is what a tokenizer that splits numbers into digits makes of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from peft import PromptTuningConfig, get_peft_model
+from timing import DTYPES, Spread, argument_parser, describe_run, print_table, ratio, time_rounds
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from axolotl_moe_peft import PTMoeConfig
+
+DATA = Path(__file__).parents[2] / "example_yamls/quickstart/gsm8k_train.jsonl"
+VIRTUAL_TOKENS = 40
+INPUT, DECODED = 160, 16
+# The vocabulary is small so that with fewer layers the head does not outweigh the rest.
+BASE = LlamaConfig(
+    vocab_size=8192,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=4,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    max_position_embeddings=8192,
+    pad_token_id=0,
+    eos_token_id=None,
+    use_cache=False,
+)
+PT_MOE = PTMoeConfig(num_virtual_tokens=VIRTUAL_TOKENS, init_text=None, task_type="CAUSAL_LM")
+PROMPT_TUNING = PromptTuningConfig(num_virtual_tokens=VIRTUAL_TOKENS, task_type="CAUSAL_LM")
+
+
+def build_base(device: str, dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(0)
+    return LlamaForCausalLM._from_config(BASE, dtype=dtype).requires_grad_(False).to(device).eval()
+
+
+def attach(config: PTMoeConfig | PromptTuningConfig | None, base: nn.Module) -> nn.Module:
+    """A model with an adapter and the base's own parameters, not copies of them."""
+    model = copy.deepcopy(base, memo={id(parameter): parameter for parameter in base.parameters()})
+    return model if config is None else get_peft_model(model, config)
+
+
+def gsm8k_lengths(count: int) -> list[tuple[int, int]]:
+    """Tokens of prompt and answer of the first rows."""
+    lengths = []
+    for line in DATA.read_text().splitlines()[:count]:
+        prompt, answer = (m["content"] for m in json.loads(line)["messages"])
+        lengths.append(tuple(len(re.findall(r"\d|[^\W\d]+|[^\w\s]", text)) for text in (prompt, answer)))
+    return lengths
+
+
+def random_rows(lengths: list[tuple[int, int]], device: str) -> list[tuple[Tensor, Tensor]]:
+    """(ids, labels) of rows of these lengths."""
+    generator = torch.Generator().manual_seed(1)
+    rows = []
+    for prompt, answer in lengths:
+        ids = torch.randint(1, BASE.vocab_size, (prompt + answer,), generator=generator).to(device)
+        rows.append((ids, torch.cat([torch.full_like(ids[:prompt], -100), ids[prompt:]])))
+    return rows
+
+
+def padded_batches(rows: list[tuple[Tensor, Tensor]], size: int) -> list[dict[str, Tensor]]:
+    batches = []
+    for start in range(0, len(rows), size):
+        ids, labels = zip(*rows[start : start + size])
+        ids = pad_sequence(ids, batch_first=True)
+        labels = pad_sequence(labels, batch_first=True, padding_value=-100)
+        batches.append({"input_ids": ids, "labels": labels, "attention_mask": (ids != 0).long()})
+    return batches
+
+
+def packed_batches(rows: list[tuple[Tensor, Tensor]], sequence_len: int) -> list[dict[str, Tensor]]:
+    """One packed row each, the longest rows first into the first that has room; filled up as Axolotl does."""
+    bins: list[list[tuple[Tensor, Tensor]]] = []
+    for row in sorted(rows, key=lambda row: len(row[0]), reverse=True):
+        room = [b for b in bins if sum(len(ids) for ids, _ in b) + len(row[0]) <= sequence_len]
+        (room[0] if room else bins.append([]) or bins[-1]).append(row)
+    batches = []
+    for packed in bins:
+        fill = sequence_len - sum(len(ids) for ids, _ in packed)
+        empty = packed[0][0].new_zeros(fill)
+        parts = [*packed, (empty, torch.full_like(empty, -100))]
+        positions = [torch.arange(len(ids), device=ids.device) for ids, _ in parts]
+        columns = (torch.cat(column)[None] for column in (*zip(*parts), positions))
+        batches.append(dict(zip(("input_ids", "labels", "position_ids"), columns)))
+    return batches
+
+
+def build_step(config: PTMoeConfig | PromptTuningConfig, base: nn.Module, batch: dict[str, Tensor]) -> Callable:
+    """One training step on the batch."""
+    model = attach(config, base).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+
+    def step() -> None:
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def build_pass(base: nn.Module, batches: list[dict[str, Tensor]]) -> Callable:
+    """Forward and backward of all batches."""
+    model = attach(PT_MOE, base).train()
+
+    def run() -> None:
+        for batch in batches:
+            model(**batch).loss.backward()
+
+    return run
+
+
+def build_decoding(config: PTMoeConfig | None, base: nn.Module) -> Callable:
+    """DECODED tokens after an input of INPUT, a call each, as generate makes them."""
+    model = attach(config, base).eval()
+    ids = torch.randint(1, BASE.vocab_size, (1, INPUT + DECODED)).to(base.device)
+    mask, cache = torch.ones_like(ids), DynamicCache(config=BASE)
+
+    @torch.no_grad()
+    def decode() -> None:
+        for i in range(DECODED):
+            past = INPUT + i
+            model(
+                input_ids=ids[:, past : past + 1],
+                attention_mask=mask[:, : past + 1],
+                position_ids=torch.full_like(ids[:, :1], past),
+                past_key_values=cache,
+                use_cache=True,
+            )
+        cache.crop(-DECODED)
+
+    with torch.no_grad():
+        model(input_ids=ids[:, :INPUT], attention_mask=mask[:, :INPUT], past_key_values=cache, use_cache=True)
+    return decode
+
+
+def measure(args: argparse.Namespace) -> list[list[str]]:
+    base = build_base(args.device, DTYPES[args.dtype])
+    lengths = gsm8k_lengths(args.rows)
+    rows = random_rows(lengths, args.device)
+    padded, packed = padded_batches(rows, args.micro_batch_size), packed_batches(rows, args.sequence_len)
+    candidates = {
+        "step, pt_moe": build_step(PT_MOE, base, padded[0]),
+        "step, prompt tuning": build_step(PROMPT_TUNING, base, padded[0]),
+        "decoding, pt_moe": build_decoding(PT_MOE, base),
+        "decoding, base": build_decoding(None, base),
+        "pass, packed": build_pass(base, packed),
+        "pass, padded": build_pass(base, padded),
+    }
+    times = time_rounds(candidates, args.device, args.repeats, args.warmup)
+    real = sum(map(sum, lengths))
+    table = [[f"{name}, ms", *Spread.of(figures).cells()] for name, figures in times.items()]
+    for name in ("packed", "padded"):
+        batches = {"packed": packed, "padded": padded}[name]
+        positions = sum(b["input_ids"].numel() for b in batches)
+        table.append(
+            [f"real tokens / s, {name}", *Spread.of([real / ms * 1e3 for ms in times[f"pass, {name}"]]).cells()]
+        )
+        table.append([f"share of real tokens, {name} ({len(batches)} batches)", f"{real / positions:.3g}", "", ""])
+    ratios = {
+        "step, pt_moe / prompt tuning": ratio(times, "step, pt_moe", "step, prompt tuning"),
+        "decoding, pt_moe / base": ratio(times, "decoding, pt_moe", "decoding, base"),
+        "real tokens / s, packed / padded": ratio(times, "pass, padded", "pass, packed"),
+    }
+    return table + [[name, *spread.cells()] for name, spread in ratios.items()]
+
+
+def main() -> None:
+    parser = argument_parser(__doc__, repeats=10)
+    parser.add_argument("--warmup", type=int, default=2, help="rounds before the measured ones")
+    parser.add_argument("--rows", type=int, default=32, help="of GSM8K")
+    parser.add_argument("--micro-batch-size", type=int, default=8, help="of the padded batches")
+    parser.add_argument("--sequence-len", type=int, default=1024, help="of the packed rows")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    table = measure(args)
+    print(describe_run(args))
+    print_table(("measured", "median", "min", "max"), table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""PTMoeConfig: defaults, refusals and files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from peft import PeftConfig, PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+
+from axolotl_moe_peft import PTMoeConfig, PTMoeModel
+
+# The keys of the `pt_moe:` block, which are the config's own fields, with their defaults.
+DEFAULTS = {
+    "num_virtual_tokens": 40,
+    "num_experts": 2,
+    "rank": 36,
+    "top_k": 1,
+    "router_noise_std": 0.1,
+    "scale_by_router_prob": True,
+    "init_text": None,
+    "router_input": "prompt",
+    "router_aux_loss_coef": 0.0,
+}
+
+
+def own_values(config: PTMoeConfig) -> dict:
+    inherited = {f.name for f in dataclasses.fields(PeftConfig)}
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in inherited}
+
+
+def test_defaults_are_the_contracts():
+    assert own_values(PTMoeConfig()) == DEFAULTS
+    assert PTMoeConfig().peft_type == PeftType.PT_MOE
+
+
+def test_peft_knows_the_method():
+    assert PEFT_TYPE_TO_CONFIG_MAPPING["PT_MOE"] is PTMoeConfig
+    assert PEFT_TYPE_TO_TUNER_MAPPING["PT_MOE"] is PTMoeModel
+    assert PEFT_TYPE_TO_PREFIX_MAPPING["PT_MOE"] == "ptmoe_"  # `pt_moe_` is part of `gpt_moe_`
+
+
+def test_every_key_has_a_help_text():
+    assert all(f.metadata["help"] for f in dataclasses.fields(PTMoeConfig) if f.name in DEFAULTS)
+
+
+@pytest.mark.parametrize("rank", [4, None])
+def test_a_saved_config_reads_back_the_same(tmp_path, rank):
+    config = PTMoeConfig(num_virtual_tokens=6, num_experts=2, rank=rank, init_text=["a b", "c"], task_type="CAUSAL_LM")
+    config.save_pretrained(tmp_path)
+    read = PeftConfig.from_pretrained(tmp_path)
+    assert type(read) is PTMoeConfig and own_values(read) == own_values(config)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["peft_type"] == "PT_MOE" and set(DEFAULTS) < set(saved)
+    assert not {"r", "target_modules"} & set(saved)  # `r` is what Axolotl's default merge takes for a LoRA
+
+
+@pytest.mark.parametrize("name", ["num_virtual_tokens", "num_experts", "top_k", "rank"])
+@pytest.mark.parametrize("value", [0, -1, 2.0, True, "3"])
+def test_counts_are_integers_of_at_least_one(name, value):
+    with pytest.raises(ValueError, match=rf"pt_moe\.{name}: .* is not allowed; it is an integer of at least 1"):
+        PTMoeConfig(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["router_noise_std", "router_aux_loss_coef"])
+@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
+def test_noise_and_coefficient_are_numbers_from_zero(name, value):
+    with pytest.raises(ValueError, match=rf"pt_moe\.{name}: .* is not allowed; it is a number of at least 0"):
+        PTMoeConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank": 41}, r"pt_moe\.rank: 41 is more than num_virtual_tokens \(40\)"),
+        ({"top_k": 3}, r"pt_moe\.top_k: 3 is more than num_experts \(2\)"),
+        ({"router_input": "answer"}, "'answer' is not known; use one of prompt, sequence"),
+        ({"scale_by_router_prob": False}, "leaves the router without a gradient.*router_aux_loss_coef above 0"),
+        ({"num_experts": 1, "router_aux_loss_coef": 0.1}, "means nothing with num_experts: 1"),
+        ({"init_text": ""}, r"pt_moe\.init_text: '' is not allowed"),
+        ({"init_text": " \n"}, "a text that is not empty"),
+        ({"init_text": []}, r"pt_moe\.init_text: \[\] is not allowed"),
+        ({"init_text": ["a", ""]}, "a text that is not empty"),
+        ({"init_text": ["a", "b", "c"]}, "3 texts for 2 experts"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_with_the_way_out(settings, message):
+    with pytest.raises(ValueError, match=message):
+        PTMoeConfig(**settings)
+
+
+def test_a_router_without_probabilities_needs_something_that_trains_it():
+    PTMoeConfig(scale_by_router_prob=False, router_aux_loss_coef=0.1)
+    PTMoeConfig(scale_by_router_prob=False, num_experts=1)
