@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from typing import Any, Literal
 
 from .versions import check_version
@@ -178,10 +179,12 @@ def _check_base_model(cfg: DictDefault) -> None:
     config = _peft_config(cfg)
     if isinstance(config, PTMoeConfig):
         _check_room_for_the_prompt(cfg, model, config)
-    if cfg.lora_model_dir and not could_be_on_the_hub(cfg.lora_model_dir):
-        _add_experts(get_peft_model(model, _config_of_saved(config, cfg.lora_model_dir)), config)
-    else:
-        get_peft_model(model, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what there is to warn of is said once, when the adapter is attached
+        if cfg.lora_model_dir and not could_be_on_the_hub(cfg.lora_model_dir):
+            _add_experts(get_peft_model(model, _config_of_saved(config, cfg.lora_model_dir)), config)
+        else:
+            get_peft_model(model, config)
 
 
 def _check_room_for_the_prompt(cfg: DictDefault, model: PreTrainedModel, config: PTMoeConfig) -> None:
