@@ -505,8 +505,9 @@ def test_the_router_learns_in_transformers_trainer_and_accumulation_does_not_mat
             per_device_train_batch_size=batch_size,
             gradient_accumulation_steps=accumulation,
             max_steps=30,
-            learning_rate=0.02,
+            learning_rate=0.3,
             lr_scheduler_type="constant",
+            optim="sgd",  # Adam would not notice a wrong scale
             remove_unused_columns=False,
             save_strategy="no",
             report_to=[],
@@ -526,5 +527,4 @@ def test_the_router_learns_in_transformers_trainer_and_accumulation_does_not_mat
         assert chosen(model) == rows.targets.tolist()
         state = model.unload().state_dict()
         assert all(torch.equal(state[key], tensor) for key, tensor in base_state.items())
-    # float32, other sums; Adam divides by small gradients
-    torch.testing.assert_close(*weights, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(*weights, atol=1e-4, rtol=1e-4)  # float32, other sums
