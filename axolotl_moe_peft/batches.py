@@ -21,8 +21,8 @@ def real_token_mask(
     """Tell real tokens from padding.
 
     With a 2-D attention mask (segment numbers included) the mask decides. Packed rows come without one: their
-    positions restart at every segment, and the padding that fills the row up is a segment of its own, first or last,
-    of one repeated token and without a label. A text of that kind would add nothing to the loss either.
+    positions restart at every segment, and the padding that fills the row up is a segment of its own (or several),
+    first or last, of one repeated token and without a label. A text of that kind would add nothing to the loss either.
 
     Args:
         input_ids: (B, S), or None where embeddings are given.
@@ -45,9 +45,9 @@ def real_token_mask(
     exception = labels != IGNORE_INDEX
     exception[:, 1:] |= (input_ids[:, 1:] != input_ids[:, :-1]) & ~starts[:, 1:]
     exceptions = torch.zeros_like(input_ids).scatter_add_(1, segment, exception.to(input_ids.dtype))
-    filler = exceptions.gather(1, segment) == 0
-    at_edge = (segment == 0) | (segment == segment[:, -1:])
-    return ~(filler & at_edge)
+    text = exceptions.gather(1, segment) > 0
+    # at an edge, and all in a row there: a collator may give every position of the padding the same number
+    return (text.cumsum(dim=1) > 0) & (text.flip(1).cumsum(dim=1).flip(1) > 0)
 
 
 @dataclass(frozen=True)

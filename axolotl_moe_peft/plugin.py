@@ -35,6 +35,7 @@ from .args import (  # noqa: E402
     check_saved_adapter,
     could_be_on_the_hub,
     expert_names,
+    own_fields,
 )
 from .dataset_experts import COLUMN, ExpertLabelCollator, tag_dataset  # noqa: E402
 from .pt_moe import PTMoeConfig  # noqa: E402
@@ -164,7 +165,9 @@ class AdapterCallback(TrainerCallback):
 
 
 def _peft_config(cfg: DictDefault) -> PeftConfig:
-    return CONFIGS[cfg.adapter](**cfg[cfg.adapter], task_type="CAUSAL_LM")
+    block, config_cls = cfg[cfg.adapter], CONFIGS[cfg.adapter]
+    # by name: the host leaves out what is null, which is not always the default
+    return config_cls(**{name: block.get(name) for name in own_fields(config_cls)}, task_type="CAUSAL_LM")
 
 
 def _check_base_model(cfg: DictDefault) -> None:

@@ -6,8 +6,8 @@ import warnings
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
-from torch import Tensor
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import Tensor, nn
 
 
 class Tuner(BaseTuner):
@@ -54,6 +54,14 @@ class Tuner(BaseTuner):
             error_msgs.append(f"adapter tensors missing: {_enumerate(missing)}.")
         if unexpected:
             error_msgs.append(f"tensors that this adapter does not have: {_enumerate(unexpected)}.")
+
+
+class TunerLayer(BaseTunerLayer):
+    """A layer whose adapters keep their dtype where PEFT moves them to its base layer (low_cpu_mem_usage)."""
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, None]:
+        parameter = next(base_layer.parameters(), None)
+        return None if parameter is None else parameter.device, None
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -35,6 +35,11 @@ def test_a_single_position_of_padding_is_found():
     assert mask_of(input_ids=[5, 6, 0], position_ids=[0, 1, 0], labels=[-100, 6, -100]) == [1, 1, 0]
 
 
+def test_padding_whose_positions_are_all_0_is_found():
+    row = {"input_ids": [5, 6, 0, 0, 0], "position_ids": [0, 1, 0, 0, 0], "labels": [-100, 6, -100, -100, -100]}
+    assert mask_of(**row) == [1, 1, 0, 0, 0]
+
+
 def test_unlabelled_text_and_repeated_labelled_tokens_are_real():
     assert mask_of(input_ids=[5, 6, 7, 8], position_ids=[0, 1, 0, 1], labels=[5, 6, -100, -100]) == [1, 1, 1, 1]
     assert mask_of(input_ids=[5, 6, 7, 7], position_ids=[0, 1, 0, 1], labels=[5, 6, 7, 7]) == [1, 1, 1, 1]

@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from ..auxiliary import AuxiliaryLosses, ForwardPass, add_auxiliary_loss
 from ..routing import expert_counts, load_balancing_loss, router_z_loss, top_k_routing
-from ..tuner import compute_dtype
+from ..tuner import TunerLayer, compute_dtype
 from .config import PerftConfig
 from .dispatch import dispatch, gather_mm, pad_rank, scatter_mm
 from .moe_blocks import MoeBlock, base_routing
@@ -27,7 +26,7 @@ _ROUTER_STD = 0.02
 _PAPER_UP_STD = 1e-6
 
 
-class PerftLayer(nn.Module, BaseTunerLayer):
+class PerftLayer(nn.Module, TunerLayer):
     """Wraps an MoE block; its base router and experts stay as they are and are only called.
 
     Adapter parameters, by adapter name, in float32:

@@ -116,7 +116,8 @@ class _Layout:
         if not isinstance(output, Tensor):
             return output
         if output.dim() == 3 and output.shape[:2] == self.shape:
-            return output.flatten(0, 1)[self.token_BS]
+            # not output[...]: the gradient of that adds up repeated indices, which takes longer
+            return output.flatten(0, 1).index_select(0, self.token_BS.flatten()).view(*self.token_BS.shape, -1)
         if output.dim() == 2 and len(output) == self.shape[0] * self.shape[1]:
             return output[self.token_BS.flatten()]
         return output

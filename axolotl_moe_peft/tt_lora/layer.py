@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..tuner import compute_dtype
+from ..tuner import TunerLayer, compute_dtype
 from .config import TTLoraConfig
 from .factors import Factors
 
@@ -33,7 +33,7 @@ class _Matrices(NamedTuple):
     up_RO: Tensor
 
 
-class TTLoraLinear(nn.Module, BaseTunerLayer):
+class TTLoraLinear(nn.Module, TunerLayer):
     """Adds alpha * (x @ A) @ C to the output of an nn.Linear or Conv1D, where A and C are tensor trains.
 
     Adapter parameters, by adapter name, in float32, with the factors m_1 .. m_K of the inputs and n_1 .. n_L of the

@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..tt_lora.layer import RANK_MULTIPLE, build_matrices, linear_shape
-from ..tuner import compute_dtype
+from ..tuner import TunerLayer, compute_dtype
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class _Matrices(NamedTuple):
     gate_BSP: Tensor | None
 
 
-class TTLoraPoolLinear(nn.Module, BaseTunerLayer):
+class TTLoraPoolLinear(nn.Module, TunerLayer):
     """Adds alpha_e * (x @ A_e) @ C_e to the output of an nn.Linear or Conv1D, where e is the sequence's expert.
 
     Adapter parameter, by adapter name, frozen:

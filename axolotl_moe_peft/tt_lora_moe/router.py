@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ..tuner import TunerLayer
 from .config import TTLoraMoeConfig
 
 _MLP_WIDTH = 1024  # the authors'
 
 
-class PromptRouter(nn.Module, BaseTunerLayer):
+class PromptRouter(nn.Module, TunerLayer):
     """Logits of the experts for each sequence, in float32 (arXiv 2504.21190, section 3.3).
 
     Adapter parameters, by adapter name:
@@ -50,6 +50,7 @@ class PromptRouter(nn.Module, BaseTunerLayer):
             getattr(self, name)[adapter_name] = nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device))
         for name in _shapes(config, self.hidden_size):
             self._reset(name, getattr(self, name)[adapter_name].data, adapter_name)
+        self._device = device
         self.set_adapter(self.active_adapters)
 
     def add_expert(self, adapter_name: str) -> None:
@@ -60,6 +61,9 @@ class PromptRouter(nn.Module, BaseTunerLayer):
                 old = parameters[adapter_name]
                 new = self._reset(name, torch.empty_like(old[:1]), adapter_name)
                 parameters[adapter_name] = nn.Parameter(torch.cat([old.detach(), new]), old.requires_grad)
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, None]:
+        return self._device, None  # there is no base layer
 
     @torch.no_grad()
     def _reset(self, name: str, rows: Tensor, adapter_name: str) -> Tensor:

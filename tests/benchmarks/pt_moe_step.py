@@ -30,6 +30,7 @@ from axolotl_moe_peft import PTMoeConfig
 DATA = Path(__file__).parents[2] / "example_yamls/quickstart/gsm8k_train.jsonl"
 VIRTUAL_TOKENS = 40
 INPUT, DECODED = 160, 16
+MICRO_BATCH_SIZES = (4, 8)
 # The vocabulary is small so that with fewer layers the head does not outweigh the rest.
 BASE = LlamaConfig(
     vocab_size=8192,
@@ -131,6 +132,7 @@ def build_pass(base: nn.Module, batches: list[dict[str, Tensor]]) -> Callable:
 def build_decoding(config: PTMoeConfig | None, base: nn.Module) -> Callable:
     """DECODED tokens after an input of INPUT, a call each, as generate makes them."""
     model = attach(config, base).eval()
+    model = model if config is None else model.get_base_model()  # as generate calls it
     ids = torch.randint(1, BASE.vocab_size, (1, INPUT + DECODED)).to(base.device)
     mask, cache = torch.ones_like(ids), DynamicCache(config=BASE)
 
@@ -156,30 +158,29 @@ def measure(args: argparse.Namespace) -> list[list[str]]:
     base = build_base(args.device, DTYPES[args.dtype])
     lengths = gsm8k_lengths(args.rows)
     rows = random_rows(lengths, args.device)
-    padded, packed = padded_batches(rows, args.micro_batch_size), packed_batches(rows, args.sequence_len)
+    passes = {f"padded, {size} a batch": padded_batches(rows, size) for size in MICRO_BATCH_SIZES}
+    passes["packed"] = packed_batches(rows, args.sequence_len)
     candidates = {
-        "step, pt_moe": build_step(PT_MOE, base, padded[0]),
-        "step, prompt tuning": build_step(PROMPT_TUNING, base, padded[0]),
+        "step, pt_moe": build_step(PT_MOE, base, padded_batches(rows, 8)[0]),
+        "step, prompt tuning": build_step(PROMPT_TUNING, base, padded_batches(rows, 8)[0]),
         "decoding, pt_moe": build_decoding(PT_MOE, base),
         "decoding, base": build_decoding(None, base),
-        "pass, packed": build_pass(base, packed),
-        "pass, padded": build_pass(base, padded),
+        **{name: build_pass(base, batches) for name, batches in passes.items()},
     }
     times = time_rounds(candidates, args.device, args.repeats, args.warmup)
     real = sum(map(sum, lengths))
     table = [[f"{name}, ms", *Spread.of(figures).cells()] for name, figures in times.items()]
-    for name in ("packed", "padded"):
-        batches = {"packed": packed, "padded": padded}[name]
-        positions = sum(b["input_ids"].numel() for b in batches)
-        table.append(
-            [f"real tokens / s, {name}", *Spread.of([real / ms * 1e3 for ms in times[f"pass, {name}"]]).cells()]
-        )
-        table.append([f"share of real tokens, {name} ({len(batches)} batches)", f"{real / positions:.3g}", "", ""])
+    for name, batches in passes.items():
+        positions = sum(batch["input_ids"].numel() for batch in batches)
+        table.append([f"real tokens / s, {name}", *Spread.of([real / ms * 1e3 for ms in times[name]]).cells()])
+        table.append([f"share of real tokens, {name}", f"{real / positions:.3g}", "", ""])
     ratios = {
         "step, pt_moe / prompt tuning": ratio(times, "step, pt_moe", "step, prompt tuning"),
         "decoding, pt_moe / base": ratio(times, "decoding, pt_moe", "decoding, base"),
-        "real tokens / s, packed / padded": ratio(times, "pass, padded", "pass, packed"),
     }
+    for name in passes:
+        if name != "packed":
+            ratios[f"real tokens / s, packed / {name}"] = ratio(times, name, "packed")
     return table + [[name, *spread.cells()] for name, spread in ratios.items()]
 
 
@@ -187,8 +188,7 @@ def main() -> None:
     parser = argument_parser(__doc__, repeats=10)
     parser.add_argument("--warmup", type=int, default=2, help="rounds before the measured ones")
     parser.add_argument("--rows", type=int, default=32, help="of GSM8K")
-    parser.add_argument("--micro-batch-size", type=int, default=8, help="of the padded batches")
-    parser.add_argument("--sequence-len", type=int, default=1024, help="of the packed rows")
+    parser.add_argument("--sequence-len", type=int, default=512, help="of the packed rows")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     table = measure(args)
