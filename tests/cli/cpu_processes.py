@@ -1,0 +1,44 @@
+"""Lets Axolotl train in several processes on CPUs (gloo), which the host keeps to accelerators. For tests only.
+
+List `tests.cli.cpu_processes.CpuProcesses` as the first plugin and launch with torchrun and ACCELERATE_USE_CPU=true.
+Three places stand in the way: the device map is that of a GPU, the device mesh is built for CUDA, and accelerate does
+not look at the FSDP settings of CPU processes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accelerate.parallelism_config import ParallelismConfig
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from axolotl.integrations.base import BasePlugin
+from axolotl.utils.dict import DictDefault
+
+_build_device_mesh = ParallelismConfig.build_device_mesh
+_init = AcceleratorState.__init__
+
+
+def _cpu_device_mesh(self: ParallelismConfig, device_type: str) -> Any:
+    return _build_device_mesh(self, "cpu")
+
+
+def _init_with_fsdp(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+    _init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+    if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+        self.distributed_type = DistributedType.FSDP
+        self.fsdp_plugin = fsdp_plugin
+        if self._mixed_precision != "no":
+            fsdp_plugin.set_mixed_precision(self._mixed_precision)
+        PartialState._shared_state["distributed_type"] = self.distributed_type
+
+
+class CpuProcesses(BasePlugin):
+    """The three patches."""
+
+    def register(self, cfg: dict[str, Any]) -> None:
+        ParallelismConfig.build_device_mesh = _cpu_device_mesh
+        AcceleratorState.__init__ = _init_with_fsdp
+
+    def load_datasets(self, cfg: DictDefault, preprocess: bool = False) -> None:
+        cfg.device_map = None
