@@ -99,7 +99,7 @@ _SUPERVISED_ONLY = {
 }
 
 
-def _own_fields(config_cls: type[PeftConfig]) -> dict[str, dataclasses.Field]:
+def own_fields(config_cls: type[PeftConfig]) -> dict[str, dataclasses.Field]:
     """The fields that a method's config adds to PeftConfig's, by name: the keys of its block."""
     inherited = {f.name for f in dataclasses.fields(PeftConfig)}
     return {f.name: f for f in dataclasses.fields(config_cls) if f.name not in inherited}
@@ -110,7 +110,7 @@ def _block_model(config_cls: type[PeftConfig]) -> type[BaseModel]:
     hints = get_type_hints(config_cls)
     fields = {
         name: (hints[name], Field(description=f.metadata["help"], **_default(f)))
-        for name, f in _own_fields(config_cls).items()
+        for name, f in own_fields(config_cls).items()
     }
     return create_model(f"{config_cls.__name__}Block", __config__=ConfigDict(extra="forbid"), **fields)
 
@@ -152,7 +152,7 @@ class MoePeftArgs(BaseModel):
         if data.get(adapter) is None:
             raise ValueError(f"`adapter: {adapter}` needs a `{adapter}:` block; `{adapter}: {{}}` takes the defaults.")
         _check_keys_of_the_block(adapter, data[adapter])
-        own_keys = _own_fields(CONFIGS[adapter])
+        own_keys = own_fields(CONFIGS[adapter])
         for key, candidates in _REPLACED.items():
             if data.get(key):
                 own = next((candidate for candidate in candidates if candidate in own_keys), None)
@@ -283,7 +283,7 @@ def expert_names(data: Mapping[str, Any]) -> list[Any]:
 
 
 def _check_keys_of_the_block(adapter: str, block: dict[str, Any]) -> None:
-    known = list(_own_fields(CONFIGS[adapter]))
+    known = list(own_fields(CONFIGS[adapter]))
     for key in block:
         if key not in known:
             nearest = difflib.get_close_matches(key, known, n=1)
@@ -316,7 +316,7 @@ def check_saved_adapter(config: PeftConfig, folder: str) -> PeftConfig:
             f"lora_model_dir: {folder!r} holds an adapter of type {saved.peft_type.value}, the YAML asks for "
             f"{config.peft_type.value}."
         )
-    for name in _own_fields(type(config)):
+    for name in own_fields(type(config)):
         given, made_with = getattr(config, name), getattr(saved, name)
         if name not in _TRAINING_FIELDS and given != made_with:
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from typing import Any, Literal
 
 from .versions import check_version
@@ -34,6 +35,7 @@ from .args import (  # noqa: E402
     check_saved_adapter,
     could_be_on_the_hub,
     expert_names,
+    own_fields,
 )
 from .dataset_experts import COLUMN, ExpertLabelCollator, tag_dataset  # noqa: E402
 from .pt_moe import PTMoeConfig  # noqa: E402
@@ -163,7 +165,9 @@ class AdapterCallback(TrainerCallback):
 
 
 def _peft_config(cfg: DictDefault) -> PeftConfig:
-    return CONFIGS[cfg.adapter](**cfg[cfg.adapter], task_type="CAUSAL_LM")
+    block, config_cls = cfg[cfg.adapter], CONFIGS[cfg.adapter]
+    # by name: the host leaves out what is null, which is not always the default
+    return config_cls(**{name: block.get(name) for name in own_fields(config_cls)}, task_type="CAUSAL_LM")
 
 
 def _check_base_model(cfg: DictDefault) -> None:
@@ -172,16 +176,23 @@ def _check_base_model(cfg: DictDefault) -> None:
         return
     config = load_model_config(cfg)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        if cfg.adapter == "pt_moe" and config.is_encoder_decoder:
+            raise ValueError(
+                f"base_model: {cfg.base_model!r} ({type(config).__name__}) is an encoder-decoder; `adapter: pt_moe` "
+                "puts its prompt before the text of a decoder. Use a decoder-only model."
+            )
         return  # remote code or a multimodal model: the check waits until it is loaded
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     config = _peft_config(cfg)
     if isinstance(config, PTMoeConfig):
         _check_room_for_the_prompt(cfg, model, config)
-    if cfg.lora_model_dir and not could_be_on_the_hub(cfg.lora_model_dir):
-        _add_experts(get_peft_model(model, _config_of_saved(config, cfg.lora_model_dir)), config)
-    else:
-        get_peft_model(model, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what there is to warn of is said once, when the adapter is attached
+        if cfg.lora_model_dir and not could_be_on_the_hub(cfg.lora_model_dir):
+            _add_experts(get_peft_model(model, _config_of_saved(config, cfg.lora_model_dir)), config)
+        else:
+            get_peft_model(model, config)
 
 
 def _check_room_for_the_prompt(cfg: DictDefault, model: PreTrainedModel, config: PTMoeConfig) -> None:
