@@ -176,6 +176,11 @@ def _check_base_model(cfg: DictDefault) -> None:
         return
     config = load_model_config(cfg)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        if cfg.adapter == "pt_moe" and config.is_encoder_decoder:
+            raise ValueError(
+                f"base_model: {cfg.base_model!r} ({type(config).__name__}) is an encoder-decoder; `adapter: pt_moe` "
+                "puts its prompt before the text of a decoder. Use a decoder-only model."
+            )
         return  # remote code or a multimodal model: the check waits until it is loaded
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

@@ -5,8 +5,8 @@ import pytest
 import torch
 import yaml
 
-from axolotl_moe_peft import TTLoraMoeConfig
-from axolotl_moe_peft.quickstart import recipes, tt_lora_moe
+from axolotl_moe_peft import PTMoeConfig, TTLoraMoeConfig
+from axolotl_moe_peft.quickstart import heldout, pt_moe, recipes, tt_lora_moe
 from tests.tiny_models import tiny_model
 from tests.tt_lora_moe.pools import EXPERTS, save_experts
 
@@ -17,7 +17,7 @@ def read(name: str) -> dict:
     return yaml.safe_load((recipes.RECIPES / name).read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("name", ["perft.yaml", *EXPERT_RECIPES, "tt_lora_moe.yaml"])
+@pytest.mark.parametrize("name", ["perft.yaml", *EXPERT_RECIPES, "tt_lora_moe.yaml", *pt_moe.SETTINGS.values()])
 def test_the_data_of_a_recipe_are_shipped_questions_with_answers(name):
     for key in ("datasets", "test_datasets"):
         for dataset in read(name)[key]:
@@ -45,6 +45,25 @@ def test_the_pool_is_made_of_the_experts_that_the_quick_start_trains():
         assert {d["expert"]: d["path"] for d in pool[key]} == {t: r[key][0]["path"] for t, r in trained.items()}
 
 
+def test_the_ablation_differs_in_the_prompt_alone_and_not_in_its_size():
+    settings = {name: read(recipe) for name, recipe in pt_moe.SETTINGS.items()}
+    blocks = {name: recipe.pop("pt_moe") for name, recipe in settings.items()}
+    assert len({recipe.pop("output_dir") for recipe in settings.values()}) == len(settings)
+    assert all(recipe == settings["PT-MoE"] for recipe in settings.values())
+    assert {name: (b["num_experts"] > 1, b["rank"] is not None) for name, b in blocks.items()} == {
+        "PT": (False, False),
+        "DPT": (False, True),
+        "SMoP": (True, False),
+        "PT-MoE": (True, True),
+    }
+    assert len({block["init_text"] for block in blocks.values()}) == 1
+    with torch.device("meta"):
+        bases = [tiny_model("llama", hidden_size=576) for _ in blocks]  # SmolLM2-135M's width
+        models = [peft.get_peft_model(base, PTMoeConfig(**block)) for base, block in zip(bases, blocks.values())]
+    sizes = [model.get_nb_trainable_parameters()[0] for model in models]
+    assert max(sizes) < 1.05 * min(sizes)
+
+
 def test_another_work_dir_replaces_every_path_in_the_default_one(tmp_path):
     recipe = read("tt_lora_moe.yaml")
     moved = recipes._in_work_dir(recipe, tmp_path)
@@ -67,11 +86,11 @@ def test_the_loss_is_the_mean_over_all_supervised_tokens_and_the_choices_are_the
             logits = base(row["input_ids"]).logits[0, :-1].log_softmax(-1)
             targets = row["labels"][0, 1:]
             token_losses += [-logits[t, target].item() for t, target in enumerate(targets) if target != -100]
-    loss, chosen = tt_lora_moe.evaluate(base, rows)
+    loss, chosen = heldout.evaluate(base, rows)
     assert chosen == []
     assert loss == pytest.approx(sum(token_losses) / 11, rel=1e-5)  # float32 sums in another order
 
     pool = peft.get_peft_model(base, TTLoraMoeConfig(experts=save_experts(tmp_path), task_type="CAUSAL_LM")).eval()
-    _, chosen = tt_lora_moe.evaluate(pool, rows)
+    _, chosen = heldout.evaluate(pool, rows)
     assert len(chosen) == len(rows)
     assert set(chosen) <= set(EXPERTS)

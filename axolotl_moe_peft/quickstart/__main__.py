@@ -5,11 +5,11 @@ import importlib.util
 import time
 from pathlib import Path
 
-from . import perft, tt_lora_moe
+from . import perft, pt_moe, tt_lora_moe
 from .console import fail
 from .recipes import RECIPES, WORK_DIR
 
-QUICK_STARTS = {"perft": perft.run, "tt_lora_moe": tt_lora_moe.run}
+QUICK_STARTS = {"perft": perft.run, "tt_lora_moe": tt_lora_moe.run, "pt_moe": pt_moe.run}
 
 
 def main() -> None:
@@ -22,7 +22,8 @@ def main() -> None:
         nargs="?",
         choices=QUICK_STARTS,
         default="perft",
-        help="perft: PERFT on a small MoE; tt_lora_moe: three TT-LoRA experts and a router (default: %(default)s)",
+        help="perft: PERFT on a small MoE; tt_lora_moe: three TT-LoRA experts and a router; pt_moe: PT-MoE and its "
+        "ablation (default: %(default)s)",
     )
     parser.add_argument(
         "--work-dir",

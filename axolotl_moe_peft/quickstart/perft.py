@@ -9,8 +9,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 from .console import Steps, fail
+from .heldout import read_heldout
 from .models import moe_model
-from .recipes import read_heldout, read_heldout_losses, train
+from .recipes import read_heldout_losses, train
 
 
 def run(work_dir: Path) -> None:

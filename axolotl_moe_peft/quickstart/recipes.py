@@ -85,9 +85,3 @@ def read_heldout_losses(adapter_dir: Path) -> tuple[float, float]:
     if len(losses) < 2:
         fail("the recipe has to evaluate before and after training, and to save a checkpoint")
     return losses[0], losses[-1]
-
-
-def read_heldout(task: str) -> list[list[dict[str, str]]]:
-    """The held-out conversations of a task, each a question and its answer."""
-    with (RECIPES / f"{task}_heldout.jsonl").open(encoding="utf-8") as file:
-        return [json.loads(line)["messages"] for line in file]

@@ -6,15 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from peft import PeftModel
-from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer
 
-from ..tt_lora_moe import TTLoraMoeModel
 from .console import Steps, fail
+from .heldout import evaluate, load, read_heldout, tokenize
 from .models import dense_model
-from .recipes import read_heldout, train
+from .recipes import train
 
 TASKS = ("gsm8k", "boolq", "openbookqa")  # the pool's experts, in the order of tt_lora_moe.yaml
 LEAST_ACCURACY = 0.97
@@ -60,40 +58,3 @@ def measure(model_dir: Path, expert_dirs: dict[str, Path], pool_dir: Path) -> It
         expert = PeftModel.from_pretrained(load(model_dir), folder).eval()
         (base_loss, _), (expert_loss, _), (routed_loss, chosen) = (evaluate(m, rows) for m in (base, expert, pool))
         yield task, Result(base_loss, expert_loss, routed_loss, chosen.count(task) / len(chosen))
-
-
-def load(model_dir: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-
-
-def tokenize(
-    tokenizer: PreTrainedTokenizerBase, question: dict[str, str], answer: dict[str, str]
-) -> dict[str, Tensor]:
-    """Tokenise a conversation as Axolotl does: the answer and the end of its turn are supervised."""
-    prompt = tokenizer.apply_chat_template([question], add_generation_prompt=True, tokenize=False)
-    prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
-    answer_ids = tokenizer(answer["content"] + tokenizer.eos_token, add_special_tokens=False).input_ids
-    return {
-        "input_ids": torch.tensor([prompt_ids + answer_ids]),
-        "labels": torch.tensor([[-100] * len(prompt_ids) + answer_ids]),
-    }
-
-
-@torch.no_grad()
-def evaluate(model: PreTrainedModel | PeftModel, rows: list[dict[str, Tensor]]) -> tuple[float, list[str]]:
-    """Run the model on rows, one by one: the loss per supervised token, and of a pool the expert chosen for each."""
-    total, tokens, chosen = 0.0, 0, []
-    for row in rows:
-        supervised = (row["labels"] != -100).sum().item()
-        total += model(**row).loss.item() * supervised
-        tokens += supervised
-        chosen += chosen_experts(model)
-    return total / tokens, chosen
-
-
-def chosen_experts(model: PreTrainedModel | PeftModel) -> list[str]:
-    """Names of the experts that a pool chose in its last call, one for each sequence; of other models none."""
-    if not isinstance(model, PeftModel) or not isinstance(model.base_model, TTLoraMoeModel):
-        return []
-    names = model.peft_config["default"].expert_names
-    return [names[expert] for expert in model.base_model.chosen_experts["default"].tolist()]
