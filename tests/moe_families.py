@@ -1,5 +1,6 @@
 """Tiny random models of every MoE family of transformers: two layers (more where kinds of layers differ), width 32."""
 
+import re
 from functools import cache
 from typing import Any
 
@@ -99,7 +100,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], list[int]]] = {
             "hidden_size_per_layer_input": 8,
             "layer_types": ["sliding_attention", "full_attention"],
             "top_k_experts": 2,
-            "per_layer_config": {},
+            "global_head_dim": 16,
         },
         [0, 1],
     ),
@@ -153,11 +154,25 @@ FAMILIES: dict[str, tuple[dict[str, Any], list[int]]] = {
         [1],
     ),
     "olmoe": ({}, [0, 1]),
-    "phimoe": ({}, [0, 1]),
+    "phimoe": ({"router_jitter_noise": 0.0}, [0, 1]),
     "qwen2_moe": ({}, [0, 1]),
     "qwen3_5_moe_text": (_LINEAR_ATTENTION, [0, 1]),
     "qwen3_moe": ({}, [0, 1]),
     "qwen3_next": (_LINEAR_ATTENTION, [0, 1]),
+    "qwen4_exp_text": (
+        {
+            **_LINEAR_ATTENTION,
+            "layer_types": ["linear_attention", "qwen_sparse_attention"],
+            "indexer_n_heads": 2,
+            "indexer_kv_heads": 1,
+            "indexer_head_dim": 16,
+            "indexer_budget": 32,
+            "indexer_compress_ratio": 4,
+            "hc_lowrank": 8,
+            "hc_count": 2,
+        },
+        [0, 1],
+    ),
     "solar_open": ({}, [0, 1]),
     "zaya": ({"num_experts_per_tok": 1, "router_hidden_size": 16}, [0, 1]),
 }
@@ -175,10 +190,18 @@ def tiny_family_model(family: str, seed: int = 0, **overrides: Any) -> PreTraine
     """A causal language model of the family with routers that decide, in eval mode; the same for the same seed."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny_family_config(family, **overrides))
+    with torch.no_grad():
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if re.search(r"\.(gate|router)\.", name) and tensor.dim() == 2 and tensor.is_floating_point():
+                tensor.normal_(std=0.2)
+            elif re.search(r"(correction|expert|balancing)_bias(es)?$", name):
+                tensor.normal_(std=0.1)
+            elif name.endswith("tid2eid"):
+                tensor.copy_(torch.stack([torch.randperm(4)[: tensor.shape[1]] for _ in tensor]))
     return model.eval()
 
 
 @cache
 def _known_fields(family: str) -> frozenset[str]:
-    config = CONFIG_MAPPING[family]
-    return frozenset(name for name in _SIZES if hasattr(config(), name))
+    config = CONFIG_MAPPING[family]()
+    return frozenset(config.to_dict()) | frozenset(config.attribute_map)

@@ -213,7 +213,7 @@ class MoeBlock:
             if (share - expected).abs().max() < _PROBE_TOLERANCE:
                 fitting.append(function)
         if len(fitting) != 1:
-            reason = "its router's weights are not the softmax or the sigmoid of its logits"
+            reason = "its router's weights are not the softmax or the sigmoid of its logits, or do not tell which"
             raise self._refusal("base_router_aux_loss_coef", reason)
         return fitting[0]
 
