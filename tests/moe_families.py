@@ -116,7 +116,13 @@ FAMILIES: dict[str, tuple[dict[str, Any], list[int]]] = {
     "hy_v3": ({}, [1]),
     "inkling_text": ({}, [0, 1]),
     "jamba": (
-        {"mamba_dt_rank": 4, "mamba_d_state": 8, "use_mamba_kernels": False, "attn_layer_period": 2, "attn_layer_offset": 0},
+        {
+            "mamba_dt_rank": 4,
+            "mamba_d_state": 8,
+            "use_mamba_kernels": False,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 0,
+        },
         [1],
     ),
     "jetmoe": ({"kv_channels": 8}, [0, 1]),
@@ -174,7 +180,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], list[int]]] = {
         [0, 1],
     ),
     "solar_open": ({}, [0, 1]),
-    "zaya": ({"num_experts_per_tok": 1, "router_hidden_size": 16}, [0, 1]),
+    "zaya": ({"num_experts_per_tok": 1, "router_hidden_size": 48}, [0, 1]),
 }
 
 
@@ -195,7 +201,7 @@ def tiny_family_model(family: str, seed: int = 0, **overrides: Any) -> PreTraine
             if re.search(r"\.(gate|router)\.", name) and tensor.dim() == 2 and tensor.is_floating_point():
                 tensor.normal_(std=0.2)
             elif re.search(r"(correction|expert|balancing)_bias(es)?$", name):
-                tensor.normal_(std=0.1)
+                tensor.normal_(std=0.05)
             elif name.endswith("tid2eid"):
                 tensor.copy_(torch.stack([torch.randperm(4)[: tensor.shape[1]] for _ in tensor]))
     return model.eval()

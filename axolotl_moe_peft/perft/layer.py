@@ -64,9 +64,7 @@ class PerftLayer(nn.Module, BaseTunerLayer):
             self._handles.append(block.experts.register_forward_hook(self._add_embedded, with_kwargs=True))
         self.train(self.base_layer.training)
 
-    def update_layer(
-        self, adapter_name: str, config: PerftConfig, base_norm_topk_prob: bool, num_layers: int
-    ) -> None:
+    def update_layer(self, adapter_name: str, config: PerftConfig, base_norm_topk_prob: bool, num_layers: int) -> None:
         """Add an adapter of this configuration and initialise it.
 
         Args:

@@ -171,7 +171,9 @@ class MoeBlock:
         elif logits_TE is not None:
             num_experts = logits_TE.shape[-1]
         else:
-            raise self._refusal("variant: embedded", "its router does not return logits, which tell how many there are")
+            raise self._refusal(
+                "variant: embedded", "its router does not return logits, which tell how many there are"
+            )
         return num_experts, indices_TK.shape[-1], call.hidden_states.shape[-1]
 
     def base_weights_per_tok(self, hidden_size: int) -> int:

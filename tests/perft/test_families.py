@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from axolotl_moe_peft import PerftConfig
 from axolotl_moe_peft.perft import PerftLayer, moe_families
+from axolotl_moe_peft.perft.moe_blocks import select_moe_blocks
 from tests.moe_families import FAMILIES, tiny_family_config, tiny_family_model
 from tests.tiny_models import PAD, random_ids, randomise_adapters, tiny_model
 
@@ -49,6 +50,10 @@ def perft(family: str, variant: str, **kwargs) -> PeftModel:
 
 def layers_of(model: nn.Module) -> list[PerftLayer]:
     return [m for m in model.modules() if isinstance(m, PerftLayer)]
+
+
+def logits_of(output: Tensor | tuple) -> Tensor:
+    return output if isinstance(output, Tensor) else output[-1]
 
 
 def adapter_gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -96,12 +101,20 @@ def test_gradients_reach_every_adapter(family, variant):
 def test_reentrant_checkpointing_has_the_same_gradients(family, variant):
     coef = {} if family in NO_BASE_LOSS else {"base_router_aux_loss_coef": 0.5}
     plain, checkpointed = (perft(family, variant, **coef) for _ in range(2))
+    if family == "jetmoe":
+        with pytest.raises(ValueError, match="JetMoeForCausalLM does not support gradient checkpointing"):
+            checkpointed.gradient_checkpointing_enable({"use_reentrant": True})
+        return
+    calls = []
+    for layer in layers_of(checkpointed):
+        layer.register_forward_hook(lambda m, args, out: calls.append(m))
     checkpointed.gradient_checkpointing_enable({"use_reentrant": True})
     checkpointed.enable_input_require_grads()
     expected = adapter_gradients(plain)
     for name, gradient in adapter_gradients(checkpointed).items():
         # the same operations in the same order
         torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-8)
+    assert len(calls) == 2 * len(layers_of(checkpointed))
 
 
 @each_family
@@ -149,7 +162,9 @@ def test_a_training_step_changes_every_adapter_tensor_and_nothing_else(family, v
 # ------------------------------------------------------------------------------- the base router's weights and losses
 
 
-def own_reading(family: str, layer: PerftLayer, hidden_TD: Tensor, call: tuple) -> list[list[tuple[int, Tensor, Tensor]]]:
+def own_reading(
+    family: str, layer: PerftLayer, hidden_TD: Tensor, call: tuple
+) -> list[list[tuple[int, Tensor, Tensor]]]:
     """For each token the experts that the base chose, with the weights on their inputs and on their outputs."""
     block, one = layer.base_layer, torch.ones(())
     if family == "llama4_text":
@@ -227,7 +242,7 @@ def test_gate_weights_base_takes_them_by_rank_or_is_refused_with_the_reason(fami
     layer, seen = layers_of(model)[-1], {}
     layer._routed_units = lambda name, x, weights, indices: seen.update(weights=weights) or torch.zeros_like(x)
     if family in AT_BLOCK:
-        layer.block.router.register_forward_hook(lambda m, args, out: seen.update(logits=[out, *out][-1]))
+        layer.block.router.register_forward_hook(lambda m, args, out: seen.update(logits=logits_of(out)))
     else:
         layer.block.experts.register_forward_hook(lambda m, args, out: seen.update(given=args[2]))
     with torch.no_grad():
@@ -236,7 +251,7 @@ def test_gate_weights_base_takes_them_by_rank_or_is_refused_with_the_reason(fami
     torch.testing.assert_close(seen["weights"], given.amax(1, keepdim=True).float(), check_dtype=False)
 
 
-# ------------------------------------------------------------------------------------------------ blocks of other kinds
+# ----------------------------------------------------------------------------------------------- blocks of other kinds
 
 
 def test_the_table_names_blocks_that_exist_and_few():
@@ -254,6 +269,28 @@ def test_a_base_on_the_meta_device_gets_adapters_of_the_same_shapes(family):
         model = get_peft_model(base, config("embedded"))
         shapes.append({n: p.shape for n, p in model.named_parameters() if p.requires_grad})
     assert shapes[0] == shapes[1]
+
+
+def test_a_base_that_arrives_on_the_meta_device_finds_its_routers_scores_later():
+    coef = {"base_router_aux_loss_coef": 0.5}
+    expected = perft("deepseek_v3", "routed", **coef)
+    late = get_peft_model(tiny_family_model("deepseek_v3").to("meta"), config("routed", **coef)).to_empty(device="cpu")
+    late.load_state_dict(expected.state_dict())
+    for theirs, buffer in zip(late.buffers(), expected.buffers(), strict=True):  # rotary frequencies are not saved
+        theirs.copy_(buffer)
+    gradients = adapter_gradients(expected)
+    for name, gradient in adapter_gradients(late).items():
+        assert torch.equal(gradient, gradients[name])
+
+
+def test_looking_at_a_base_in_training_draws_no_random_number():
+    base = tiny_family_model("phimoe", router_jitter_noise=0.1, input_jitter_noise=0.1).train()
+    state = torch.get_rng_state()
+    for block in select_moe_blocks(base):
+        assert block.embedded_sizes(32) == (4, 2, 32)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(m.training for m in base.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in base.modules())
 
 
 def test_gemma_4_wraps_the_experts_and_not_the_decoder_layer():
