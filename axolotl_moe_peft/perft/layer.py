@@ -7,6 +7,7 @@ slots (see dispatch.py), R rank. E, k: the base block's experts and experts per 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from ..routing import expert_counts, load_balancing_loss, router_z_loss, top_k_r
 from ..tuner import TunerLayer, compute_dtype
 from .config import PerftConfig
 from .dispatch import dispatch, gather_mm, pad_rank, scatter_mm
-from .moe_blocks import MoeBlock, base_routing
+from .moe_blocks import MoeBlock
+from .moe_families import BaseRouting
 
 # The authors leave the routers at transformers' `initializer_range`, and zero the up-projections almost.
 _ROUTER_STD = 0.02
@@ -44,7 +46,7 @@ class PerftLayer(nn.Module, TunerLayer):
     def __init__(self, block: MoeBlock, hidden_size: int, auxiliary: AuxiliaryLosses) -> None:
         super().__init__()
         self.base_layer = block.module
-        self.name = block.name
+        self.block = block
         self.hidden_size = hidden_size
         self.auxiliary = auxiliary
         self.perft_down = nn.ParameterDict()
@@ -54,33 +56,33 @@ class PerftLayer(nn.Module, TunerLayer):
         self.norm_topk_prob: dict[str, bool] = {}
         self.num_active_experts: dict[str, int] = {}
         self.num_layers: dict[str, int] = {}
-        self._base_routing: tuple[Tensor, Tensor, Tensor] | None = None
-        self._handles = [
-            block.router.register_forward_hook(self._note_base_routing),
-            block.experts.register_forward_hook(self._add_embedded),
-        ]
+        self._base_routing = BaseRouting()
+        self._base_scores: Callable[[Tensor], Tensor] | None = None
+        self._handles = [block.router.register_forward_hook(self._note_base_routing)]
+        if block.family.routing is None:
+            self._handles.append(block.experts.register_forward_hook(self._add_embedded, with_kwargs=True))
         self.train(self.base_layer.training)
 
-    def update_layer(
-        self, adapter_name: str, config: PerftConfig, block: MoeBlock, base_norm_topk_prob: bool, num_layers: int
-    ) -> None:
+    def update_layer(self, adapter_name: str, config: PerftConfig, base_norm_topk_prob: bool, num_layers: int) -> None:
         """Add an adapter of this configuration and initialise it.
 
         Args:
             adapter_name, config: the adapter.
-            block: the wrapped MoE block.
             base_norm_topk_prob: whether the base router's weights sum to one.
             num_layers: how many blocks carry the adapter; router losses are averaged over them.
         """
+        width = self.hidden_size
         if config.variant == "embedded":
-            num_experts, num_active = block.base_routing_shape(self.hidden_size)
+            num_experts, num_active, width = self.block.embedded_sizes(self.hidden_size)
         else:
             num_experts = config.num_experts or 1
             num_active = config.num_experts_per_tok or num_experts
         device = next(self.base_layer.parameters()).device
+        if config.base_router_aux_loss_coef and device.type != "meta":
+            self._base_scores = self.block.base_scores(self.hidden_size)
         shape = {"dtype": torch.float32, "device": device}
-        self.perft_down[adapter_name] = nn.Parameter(torch.empty(num_experts, config.rank, self.hidden_size, **shape))
-        self.perft_up[adapter_name] = nn.Parameter(torch.empty(num_experts, self.hidden_size, config.rank, **shape))
+        self.perft_down[adapter_name] = nn.Parameter(torch.empty(num_experts, config.rank, width, **shape))
+        self.perft_up[adapter_name] = nn.Parameter(torch.empty(num_experts, width, config.rank, **shape))
         if config.variant == "routed":
             self.perft_router[adapter_name] = nn.Parameter(torch.empty(num_experts, self.hidden_size, **shape))
         self.perft_config[adapter_name] = config
@@ -97,7 +99,7 @@ class PerftLayer(nn.Module, TunerLayer):
         config = self.perft_config[adapter_name]
         down_NRD, up_NDR = self.perft_down[adapter_name], self.perft_up[adapter_name]
         if config.init == "zero":
-            bound = 1 / math.sqrt(self.hidden_size)
+            bound = 1 / math.sqrt(down_NRD.shape[-1])
             nn.init.uniform_(down_NRD, -bound, bound)
             nn.init.zeros_(up_NDR)
         else:
@@ -113,7 +115,7 @@ class PerftLayer(nn.Module, TunerLayer):
             What the base block returns, with the adapters in its (first) output.
         """
         output = self.base_layer(hidden_states, *args, **kwargs)
-        routing, self._base_routing = self._base_routing, None
+        routing, self._base_routing = self._base_routing, BaseRouting()
         if self.disable_adapters:
             return output
         out, *rest = output if isinstance(output, tuple) else (output,)
@@ -132,9 +134,7 @@ class PerftLayer(nn.Module, TunerLayer):
     def _active(self) -> list[str]:
         return [name for name in self.active_adapters if name in self.perft_down]
 
-    def _adapt(
-        self, adapter_name: str, hidden_states: Tensor, out: Tensor, routing: tuple[Tensor, Tensor, Tensor] | None
-    ) -> Tensor:
+    def _adapt(self, adapter_name: str, hidden_states: Tensor, out: Tensor, routing: BaseRouting) -> Tensor:
         config = self.perft_config[adapter_name]
         x_TD = hidden_states.reshape(-1, self.hidden_size)
         forward_pass = self.auxiliary.current if self.training else None
@@ -148,8 +148,14 @@ class PerftLayer(nn.Module, TunerLayer):
                 losses += self._router_losses(config, forward_pass, logits_TN, indices_TK)
             if config.gate_weights == "base":
                 # 0 *: the own router stays in the graph, as DDP demands, with the gradient 0 of the authors' code
-                weights_TK = routing[1][:, : config.num_experts_per_tok] + 0 * weights_TK
+                ranked_TK = routing.weights_TK.sort(dim=-1, descending=True).values
+                weights_TK = ranked_TK[:, : config.num_experts_per_tok] + 0 * weights_TK
             out = out + self._routed_units(adapter_name, x_TD, weights_TK, indices_TK).view(out.shape).to(out.dtype)
+        elif config.variant == "embedded" and self.block.family.routing is not None:
+            delta_TD = self._routed_units(
+                adapter_name, x_TD, routing.weights_TK, routing.indices_TK, self.block.family.weights_scale_inputs
+            )
+            out = out + delta_TD.view(out.shape).to(out.dtype)
         elif config.variant != "embedded":
             out = out + self._dense_units(adapter_name, x_TD).view(out.shape).to(out.dtype)
         if forward_pass is not None and config.base_router_aux_loss_coef:
@@ -169,7 +175,7 @@ class PerftLayer(nn.Module, TunerLayer):
         mask_T = _flat_mask(forward_pass, len(logits_TN))
         statistics = self.auxiliary.statistics if forward_pass.running else None
         if statistics is not None:
-            statistics.record_usage(self.name, expert_counts(indices_TK, config.num_experts, mask_T))
+            statistics.record_usage(self.block.name, expert_counts(indices_TK, config.num_experts, mask_T))
         losses = []
         if config.router_aux_loss_coef:
             loss = load_balancing_loss([logits_TN], config.num_experts_per_tok, mask_T)
@@ -179,16 +185,23 @@ class PerftLayer(nn.Module, TunerLayer):
             losses.append(_weigh(loss, config.router_z_loss_coef, "router_z_loss", statistics))
         return losses
 
-    def _base_router_loss(
-        self, config: PerftConfig, forward_pass: ForwardPass, routing: tuple[Tensor, Tensor, Tensor]
-    ) -> Tensor:
-        logits_TE, weights_TK, _ = routing
-        loss = load_balancing_loss([logits_TE], weights_TK.shape[-1], _flat_mask(forward_pass, len(logits_TE)))
+    def _base_router_loss(self, config: PerftConfig, forward_pass: ForwardPass, routing: BaseRouting) -> Tensor:
+        if self._base_scores is None:  # the base was on the meta device when the adapter was added
+            self._base_scores = self.block.base_scores(self.hidden_size)
+        scores_TE = self._base_scores(routing.logits_TE.float())
+        loss = _base_balance_loss(scores_TE, routing.indices_TK, _flat_mask(forward_pass, len(scores_TE)))
         statistics = self.auxiliary.statistics if forward_pass.running else None
         return _weigh(loss, config.base_router_aux_loss_coef, "base_router_aux_loss", statistics)
 
-    def _routed_units(self, adapter_name: str, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> Tensor:
-        """Sum over each token's K adapters of weight * unit(x): (T, D)."""
+    def _routed_units(
+        self,
+        adapter_name: str,
+        x_TD: Tensor,
+        weights_TK: Tensor,
+        indices_TK: Tensor,
+        weights_scale_inputs: bool = False,
+    ) -> Tensor:
+        """Sum over each token's K adapters of weight * unit(x), or of unit(weight * x): (T, D)."""
         config, dtype = self.perft_config[adapter_name], compute_dtype(x_TD)
         down_NRD = pad_rank(self.perft_down[adapter_name].to(dtype))
         up_NRD = pad_rank(self.perft_up[adapter_name].to(dtype).transpose(1, 2))
@@ -198,9 +211,13 @@ class PerftLayer(nn.Module, TunerLayer):
             x = F.dropout(x[slots.token_S], config.dropout)  # each unit has its own mask
             in_order = torch.arange(len(x), device=x.device)
             x_slots = slots._replace(token_S=in_order, order_S=in_order)
-        z_SR = self._bottleneck(config, gather_mm(x, down_NRD, x_slots))
+        z_SR = gather_mm(x, down_NRD, x_slots)
         weights_S1 = weights_TK.flatten()[slots.order_S].unsqueeze(-1).to(dtype)
-        return scatter_mm(z_SR * weights_S1, up_NRD, slots, len(x_TD))
+        if weights_scale_inputs:
+            z_SR = self._bottleneck(config, z_SR * weights_S1)
+        else:
+            z_SR = self._bottleneck(config, z_SR) * weights_S1
+        return scatter_mm(z_SR, up_NRD, slots, len(x_TD))
 
     def _dense_units(self, adapter_name: str, x_TD: Tensor) -> Tensor:
         """Sum over all N adapters of unit(x): (T, D)."""
@@ -224,19 +241,34 @@ class PerftLayer(nn.Module, TunerLayer):
         return ACT2FN[config.hidden_act](F.dropout(z, config.dropout, self.training))
 
     def _note_base_routing(self, router: nn.Module, args: tuple, output: Any) -> None:
-        self._base_routing = base_routing(output)
+        self._base_routing = self.block.read_router(output)
 
-    def _add_embedded(self, experts: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    def _add_embedded(self, experts: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """Add the embedded adapters inside the call of the base experts, before whatever the block does next."""
-        if self.disable_adapters:
+        call = self.block.read_experts_call(args, kwargs, self._base_routing)
+        if self.disable_adapters or call is None:
             return output
-        hidden_states, indices_TK, weights_TK = args
+        hidden_states, self._base_routing = call
         for adapter_name in self._active():
             if self.perft_config[adapter_name].variant == "embedded":
-                x_TD = hidden_states.reshape(-1, self.hidden_size)
+                x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+                _, weights_TK, indices_TK = call.routing
                 delta_TD = self._routed_units(adapter_name, x_TD, weights_TK, indices_TK)
                 output = output + delta_TD.view(output.shape).to(output.dtype)
         return output
+
+
+def _base_balance_loss(scores_TE: Tensor, indices_TK: Tensor, mask_T: Tensor | None) -> Tensor:
+    """E * sum_e f_e p_e with the experts that the base router chose, however it did, and its scores made to sum to 1.
+
+    Switch Transformer, eq. 4, for a softmax; DeepSeek-V3, eq. 17 to 20 (times k), for a sigmoid with or without groups
+    and a correction bias, over the whole batch.
+    """
+    num_tokens, num_experts = scores_TE.shape
+    probs_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
+    mask_T = probs_TE.new_ones(num_tokens) if mask_T is None else mask_T.to(probs_TE.dtype)
+    counts_E = expert_counts(indices_TK, num_experts, mask_T)
+    return num_experts * (counts_E @ (mask_T @ probs_TE)) / mask_T.sum().clamp(min=1) ** 2
 
 
 def _flat_mask(forward_pass: ForwardPass, num_tokens: int) -> Tensor | None:

@@ -12,7 +12,7 @@ from ..summary import ParameterRow, parameter_row
 from ..tuner import Tuner
 from .config import PerftConfig
 from .layer import PerftLayer
-from .moe_blocks import MoeBlock, base_norm_topk_prob, select_moe_blocks
+from .moe_blocks import MoeBlock, select_moe_blocks
 
 
 class PerftModel(Tuner):
@@ -47,15 +47,24 @@ class PerftModel(Tuner):
 
     def _prepare_model(self, peft_config: PerftConfig, model: nn.Module) -> None:
         blocks = select_moe_blocks(model, peft_config.target_modules, peft_config.layers_to_transform)
+        for block in blocks:
+            self._check_base_routing(peft_config, block)
+        self._blocks: dict[str, MoeBlock] = {block.name: block for block in blocks}
+
+    def _check_base_routing(self, peft_config: PerftConfig, block: MoeBlock) -> None:
+        if peft_config.variant == "embedded":
+            block.embedded_sizes(self._hidden_size)
         if peft_config.gate_weights == "base":
-            base_top_k = min(block.base_routing_shape(self._hidden_size)[1] for block in blocks)
+            base_top_k = block.base_weights_per_tok(self._hidden_size)
             if peft_config.num_experts_per_tok > base_top_k:
                 raise ValueError(
                     f"perft.gate_weights: base lends each token the base router's {base_top_k} weights, but "
                     f"num_experts_per_tok is {peft_config.num_experts_per_tok}. Use at most {base_top_k}, or "
                     "`gate_weights: own`."
                 )
-        self._blocks: dict[str, MoeBlock] = {block.name: block for block in blocks}
+        on_meta = any(p.is_meta for p in block.module.parameters())
+        if peft_config.base_router_aux_loss_coef and not on_meta:
+            block.base_scores(self._hidden_size)
 
     def _check_target_module_exists(self, peft_config: PerftConfig, key: str) -> bool:
         return key in self._blocks
@@ -75,7 +84,12 @@ class PerftModel(Tuner):
         if not isinstance(target, PerftLayer):
             layer = PerftLayer(block, self._hidden_size, self.auxiliary)
             self._replace_module(parent, target_name, layer, target)
-        layer.update_layer(adapter_name, peft_config, block, base_norm_topk_prob(self.model), len(self._blocks))
+        layer.update_layer(adapter_name, peft_config, block.norm_topk_prob(self.model.config), len(self._blocks))
+
+    @property
+    def adapted_layers(self) -> list[int]:
+        """Indices of the decoder layers whose MoE block carries an adapter; dense layers are left alone."""
+        return [layer.block.layer_index for layer in self.model.modules() if isinstance(layer, PerftLayer)]
 
     def parameter_rows(self, adapter_name: str = "default") -> list[ParameterRow]:
         """What is trainable in the model, by part: the adapter's experts and routers, and anything else (nothing)."""
