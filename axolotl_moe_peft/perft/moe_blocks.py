@@ -27,7 +27,6 @@ ROUTER_NAMES = ("gate", "router")
 # Tokens of a probe, from nearly undecided logits to saturated scores, and how near the k weights (of sum one) must be.
 _PROBE_TOKENS, _PROBE_SCALES, _PROBE_TOLERANCE = 64, (-1.0, 1.5), 0.02
 
-
 _NO_EXPERTS_CALL = "its experts are not called as one module with hidden states, indices and weights"
 _NOT_ONLY_EXPERTS = "its router also chooses among outputs that are no experts"
 
@@ -79,6 +78,8 @@ class MoeBlock:
             return self.family.routing(self.module, output)
         if isinstance(output, Tensor):
             return BaseRouting(logits_TE=output)
+        if not isinstance(output, (tuple, list)):
+            return BaseRouting()
         integers = [i for i, t in enumerate(output) if isinstance(t, Tensor) and not t.is_floating_point()]
         if len(integers) != 1:
             return BaseRouting()
