@@ -235,6 +235,9 @@ def _log_what_is_trained(model: PeftModel, cfg: DictDefault) -> None:
         "%s adapter attached, trainable parameters:\n%s", cfg.adapter, format_table(model.base_model.parameter_rows())
     )
     LOG.info("the base model is frozen, routers of its own included")
+    layers = getattr(model.base_model, "adapted_layers", None)
+    if layers is not None and len(layers) != model.config.get_text_config().num_hidden_layers:
+        LOG.info("layers with an adapter: %s", ", ".join(map(str, layers)))
 
 
 def _check_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
