@@ -23,11 +23,12 @@ from tests.cli.cli_helpers import (
     checksums,
     log_history,
     run_command,
+    save_tokenizer,
     tokenised,
     write_rows,
     write_yaml,
 )
-from tests.tiny_models import random_ids
+from tests.tiny_models import random_ids, tiny_model
 
 ROUTED = {"variant": "routed", "num_experts": 4, "num_experts_per_tok": 2, "rank": 4, "router_z_loss_coef": 0.001}
 TT_LORA = {"rank": 4, "target_modules": "all-linear", "factors": {"q_proj": {"in": [8, 4], "out": [4, 2, 4]}}}
@@ -228,6 +229,18 @@ def test_log_has_the_parameter_table(variant: str, trained: Callable[[str], Run]
     table = run.output[run.output.index(f"{adapter} adapter attached, trainable parameters:") :].splitlines()[2:]
     rows = [line.split() for line in table[: len(expected)]]
     assert [(row[0], int(row[2].replace(",", ""))) for row in rows] == expected
+
+
+def test_log_names_the_adapted_layers_where_not_all_have_experts(
+    axolotl: AxolotlPool, folder: Path, few_rows: Path
+) -> None:
+    base = folder / "half_dense"
+    tiny_model("qwen3_moe", mlp_only_layers=[0]).save_pretrained(base)
+    save_tokenizer(base)
+    config = write_yaml(folder / "half_dense.yaml", base, few_rows, max_steps=1)
+    result = axolotl("train", config)
+    assert result.code == 0, result.output
+    assert "layers with an adapter: 1\n" in result.output
 
 
 def test_every_log_line_has_the_routers_figures(trained: Callable[[str], Run]) -> None:
