@@ -230,8 +230,7 @@ def check_datasets(data: Mapping[str, Any]) -> None:
     Raises:
         ValueError: a name is missing, unknown or without meaning, or the rows have no prompts.
     """
-    datasets = [(f"datasets[{i}]", dataset) for i, dataset in enumerate(data.get("datasets") or [])]
-    test_datasets = [(f"test_datasets[{i}]", dataset) for i, dataset in enumerate(data.get("test_datasets") or [])]
+    datasets, test_datasets = dataset_entries(data, "datasets"), dataset_entries(data, "test_datasets")
     adapter = data.get("adapter")
     if adapter != "tt_lora_moe":
         for what, dataset in datasets + test_datasets:
@@ -273,6 +272,12 @@ def _check_prompts(adapter: str, data: Mapping[str, Any], datasets: list[tuple[s
             f"read whole sequences with `router_input: sequence` in the `{adapter}:` block, in training and at "
             "inference."
         )
+
+
+def dataset_entries(data: Mapping[str, Any], key: str) -> list[tuple[str, Any]]:
+    """The entries of a list of datasets in the raw YAML, each with its place in it; what is no entry is left out."""
+    entries = data.get(key) if isinstance(data.get(key), list) else []
+    return [(f"{key}[{i}]", entry) for i, entry in enumerate(entries) if isinstance(entry, Mapping)]
 
 
 def expert_names(data: Mapping[str, Any]) -> list[Any]:

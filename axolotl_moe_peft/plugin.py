@@ -28,12 +28,14 @@ from transformers import (  # noqa: E402
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_utils import has_length  # noqa: E402
 
 from .args import (  # noqa: E402
     CONFIGS,
     check_datasets,
     check_saved_adapter,
     could_be_on_the_hub,
+    dataset_entries,
     expert_names,
     own_fields,
 )
@@ -50,13 +52,14 @@ class MoePeftPlugin(BasePlugin):
 
     def register(self, cfg: dict[str, Any]) -> None:
         check_datasets(cfg)
-        datasets, names = cfg.get("datasets") or [], expert_names(cfg)
+        names = expert_names(cfg)
         if cfg.get("adapter") != "tt_lora_moe" or not names or cfg.get("inference") or cfg.get("merge_lora"):
             return
+        datasets = [dataset for _, dataset in dataset_entries(cfg, "datasets")]
         for name in names:
             if not any(dataset.get("expert") == name for dataset in datasets):
                 LOG.warning("no dataset has `expert: %s`: the router does not learn to choose it", name)
-        for dataset in [*datasets, *(cfg.get("test_datasets") or [])]:
+        for dataset in datasets + [dataset for _, dataset in dataset_entries(cfg, "test_datasets")]:
             tag_dataset(dataset, names)
 
     def get_input_args(self) -> str:
@@ -140,13 +143,14 @@ class AdapterCallback(TrainerCallback):
     ) -> None:
         self.prediction_steps += 1
         # the host logs the evaluation before it tells of its end
-        if self.prediction_steps == len(kwargs["eval_dataloader"]):
-            self.prediction_steps = 0
+        batches = kwargs["eval_dataloader"]
+        if has_length(batches) and self.prediction_steps == len(batches):
             self._store(self._tuner(kwargs["model"]), "eval")
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.prediction_steps = 0
         if self.fresh:
             LOG.warning("evaluated a new, untrained adapter; name the trained one's folder with --lora-model-dir")
             self.fresh = False
