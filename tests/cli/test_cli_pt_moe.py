@@ -210,6 +210,17 @@ def test_resumed_training_equals_uninterrupted(
     assert all(torch.equal(straight[key], again[key]) for key in straight)
 
 
+def test_a_rank_of_null_is_a_prompt_that_is_not_factorised(
+    axolotl: AxolotlPool, base: Path, few_rows: Path, tmp_path: Path
+) -> None:
+    block = {"num_virtual_tokens": 4, "num_experts": 1, "rank": None}
+    config = pt_moe_yaml(tmp_path / "prompt_tuning.yaml", base, few_rows, pt_moe=block, max_steps=1)
+    result = axolotl("train", config)
+    assert result.code == 0, result.output
+    (prompt,) = adapter_tensors(config.with_suffix("")).values()
+    assert prompt.shape == (1, 4, 32)
+
+
 def test_lora_model_dir_continues_from_the_saved_adapter(
     axolotl: AxolotlPool, train: Callable[[str], Run], base: Path, few_rows: Path, tmp_path: Path
 ) -> None:

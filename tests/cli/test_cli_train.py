@@ -6,7 +6,6 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,8 @@ from tests.cli.cli_helpers import (
     write_rows,
     write_yaml,
 )
-from tests.tiny_models import random_ids, tiny_model
+from tests.moe_families import tiny_family_model
+from tests.tiny_models import VOCAB_SIZE, random_ids, tiny_model
 
 ROUTED = {"variant": "routed", "num_experts": 4, "num_experts_per_tok": 2, "rank": 4, "router_z_loss_coef": 0.001}
 TT_LORA = {"rank": 4, "target_modules": "all-linear", "factors": {"q_proj": {"in": [8, 4], "out": [4, 2, 4]}}}
@@ -243,6 +243,18 @@ def test_log_names_the_adapted_layers_where_not_all_have_experts(
     assert "layers with an adapter: 1\n" in result.output
 
 
+def test_a_base_whose_code_needs_values_is_checked_once_it_is_loaded(
+    axolotl: AxolotlPool, folder: Path, few_rows: Path
+) -> None:
+    base = folder / "jetmoe_base"  # its router counts tokens in Python
+    tiny_family_model("jetmoe", vocab_size=VOCAB_SIZE).save_pretrained(base)
+    save_tokenizer(base)
+    block = {"variant": "embedded", "rank": 4}
+    result = axolotl("train", write_yaml(folder / "jetmoe.yaml", base, few_rows, perft=block, max_steps=1))
+    assert result.code == 0, result.output
+    assert adapter_tensors(folder / "jetmoe")
+
+
 def test_every_log_line_has_the_routers_figures(trained: Callable[[str], Run]) -> None:
     lines = log_history(trained("routed").output_dir)
     assert len(lines) == STEPS
@@ -423,13 +435,6 @@ def test_merge_lora_refuses_the_method_that_would_write_the_base_unchanged(
     assert checksums(tmp_path / "out") == {}
 
 
-needs_entry_point = pytest.mark.skipif(
-    not entry_points(group="axolotl.cli_commands", name="export-tt-lora"),
-    reason="this package is not installed, or was before it had the command",
-)
-
-
-@needs_entry_point
 @torch.no_grad()
 def test_export_tt_lora_writes_a_lora_that_computes_the_same(
     axolotl: AxolotlPool, trained: Callable[[str], Run], tmp_path: Path
@@ -448,7 +453,6 @@ def test_export_tt_lora_writes_a_lora_that_computes_the_same(
     torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)  # float32: the same products, unpadded
 
 
-@needs_entry_point
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
