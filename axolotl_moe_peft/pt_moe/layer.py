@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from ..auxiliary import AuxiliaryLosses, add_auxiliary_loss
 from ..batches import Sequences, find_sequences
 from ..routing import expert_counts, load_balancing_loss, top_k_routing
 from .config import PTMoeConfig
+from .layout import Layout
 
 _ROUTER_STD = 0.02
 # Singular values below this share of the largest are rounding errors of zeros.
@@ -46,81 +47,6 @@ def generation(input_length: int | None) -> Iterator[None]:
         yield
     finally:
         _input_length.reset(token)
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """Where things are in the rows with the prompts in; positions in the flattened rows (B * L).
-
-    A prompt comes directly before its sequence's first token, so padding stays outside on either side. Rows with
-    fewer sequences than others are filled up at their end.
-
-    Attributes:
-        shape: (B, L).
-        token_BS: where each token went.
-        prompt_QT: where the prompts are.
-        position_BL: counts from 0 at each prompt's start; 0 for padding, which so is a segment of its own.
-        longest: of the sequences, prompt included.
-        isolated: more than one sequence in a row, or padding, so that positions have to keep them apart if no
-            attention mask does.
-        packed: more than one sequence in a row.
-    """
-
-    shape: tuple[int, int]
-    token_BS: Tensor
-    prompt_QT: Tensor
-    position_BL: Tensor
-    longest: int
-    isolated: bool
-    packed: bool
-
-    @classmethod
-    def of(cls, sequences: Sequences, num_virtual_tokens: int) -> _Layout:
-        index_BS = sequences.index_BS
-        batch, length = index_BS.shape
-        starts_BS = index_BS >= 0
-        starts_BS[:, 1:] &= index_BS[:, 1:] != index_BS[:, :-1]
-        ordinal_BS = starts_BS.cumsum(1)
-        slot_BS = torch.arange(length, device=index_BS.device) + num_virtual_tokens * ordinal_BS
-        begin_Q = slot_BS[starts_BS] - num_virtual_tokens
-        position_BS = torch.where(index_BS >= 0, slot_BS - F.pad(begin_Q, (0, 1))[index_BS], 0)
-        most, longest, padding = torch.stack(
-            [ordinal_BS[:, -1].max(), position_BS.max() + 1, (index_BS < 0).sum()]
-        ).tolist()
-        shape = (batch, length + num_virtual_tokens * most)
-        row_B1 = torch.arange(batch, device=index_BS.device).unsqueeze(1) * shape[1]
-        token_BS = slot_BS + row_B1
-        within_T = torch.arange(num_virtual_tokens, device=index_BS.device)
-        prompt_QT = token_BS[starts_BS].unsqueeze(1) - num_virtual_tokens + within_T
-        position = index_BS.new_zeros(shape).flatten()
-        position[token_BS] = position_BS
-        position[prompt_QT] = within_T
-        return cls(shape, token_BS, prompt_QT, position.view(shape), longest, most > 1 or padding > 0, most > 1)
-
-    def insert(self, embeds_BSD: Tensor, prompts_QTD: Tensor) -> Tensor:
-        rows = embeds_BSD.new_zeros(self.shape[0] * self.shape[1], embeds_BSD.shape[-1])
-        rows = rows.index_copy(0, self.token_BS.flatten(), embeds_BSD.flatten(0, 1))
-        rows = rows.index_copy(0, self.prompt_QT.flatten(), prompts_QTD.flatten(0, 1))
-        return rows.view(*self.shape, -1)
-
-    def grow_mask(self, mask_BS: Tensor) -> Tensor:
-        mask = mask_BS.new_zeros(self.shape).flatten()
-        mask[self.token_BS] = mask_BS
-        mask[self.prompt_QT] = 1
-        return mask.view(self.shape)
-
-    def strip(self, output: Any) -> Any:
-        """Take the prompts' positions out of (B, L, ...) states and (B * L, ...) router logits, tuples of them too."""
-        if isinstance(output, tuple):
-            return tuple(self.strip(part) for part in output)
-        if not isinstance(output, Tensor):
-            return output
-        if output.dim() == 3 and output.shape[:2] == self.shape:
-            # not output[...]: the gradient of that adds up repeated indices, which takes longer
-            return output.flatten(0, 1).index_select(0, self.token_BS.flatten()).view(*self.token_BS.shape, -1)
-        if output.dim() == 2 and len(output) == self.shape[0] * self.shape[1]:
-            return output[self.token_BS.flatten()]
-        return output
 
 
 class PTMoeLayer(nn.Module, BaseTunerLayer):
@@ -155,7 +81,7 @@ class PTMoeLayer(nn.Module, BaseTunerLayer):
         self._takes_positions = "position_ids" in inspect.signature(decoder.forward).parameters
         self._device: torch.device | None = None
         self._call: dict[str, Any] = {}
-        self._layout: _Layout | None = None
+        self._layout: Layout | None = None
         self._handles = [
             model.register_forward_pre_hook(self._note_call, with_kwargs=True),
             model.register_forward_hook(self._forget_call, always_call=True),
@@ -315,7 +241,7 @@ class PTMoeLayer(nn.Module, BaseTunerLayer):
         if embeds_BSD is None:
             embeds_BSD = decoder.get_input_embeddings()(call["input_ids"])
         sequences = self._find_sequences(config, call, embeds_BSD)
-        layout = _Layout.of(sequences, config.num_virtual_tokens)
+        layout = Layout.of(sequences, config.num_virtual_tokens)
         self._check_length(layout.longest, config)
         # with a mask of two dimensions transformers does not look at positions, which alone keep segments apart
         mask = None if mask is None or layout.packed else layout.grow_mask(mask)
@@ -371,7 +297,7 @@ class PTMoeLayer(nn.Module, BaseTunerLayer):
         call = call | {"attention_mask": mask}
         return call | {"position_ids": position_ids} if self._takes_positions else call
 
-    def _check_isolation(self, decoder: nn.Module, call: dict[str, Any], layout: _Layout) -> None:
+    def _check_isolation(self, decoder: nn.Module, call: dict[str, Any], layout: Layout) -> None:
         """Whether positions alone keep the segments of a row apart."""
         if call.get("past_key_values") is not None:
             raise ValueError("pt_moe: packed rows cannot be continued; call the model with `use_cache=False`.")

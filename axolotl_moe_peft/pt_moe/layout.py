@@ -1,0 +1,94 @@
+"""Where tokens and prompts are in a batch's rows once a prompt stands before every sequence.
+
+Shape suffixes: B rows, S their length, L their length with the prompts in, Q sequences (rows, or the segments of
+packed rows), T virtual tokens, D model width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..batches import Sequences
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where things are in the rows with the prompts in; positions in the flattened rows (B * L).
+
+    A prompt comes directly before its sequence's first token, so padding stays outside on either side. Rows with
+    fewer sequences than others are filled up at their end.
+
+    Attributes:
+        shape: (B, L).
+        token_BS: where each token went.
+        prompt_QT: where the prompts are.
+        position_BL: counts from 0 at each prompt's start; 0 for padding, which so is a segment of its own.
+        longest: of the sequences, prompt included.
+        isolated: more than one sequence in a row, or padding, so that positions have to keep them apart if no
+            attention mask does.
+        packed: more than one sequence in a row.
+    """
+
+    shape: tuple[int, int]
+    token_BS: Tensor
+    prompt_QT: Tensor
+    position_BL: Tensor
+    longest: int
+    isolated: bool
+    packed: bool
+
+    @classmethod
+    def of(cls, sequences: Sequences, num_virtual_tokens: int) -> Layout:
+        """The layout of a batch with a prompt of so many tokens before each of its sequences."""
+        index_BS = sequences.index_BS
+        batch, length = index_BS.shape
+        starts_BS = index_BS >= 0
+        starts_BS[:, 1:] &= index_BS[:, 1:] != index_BS[:, :-1]
+        ordinal_BS = starts_BS.cumsum(1)
+        slot_BS = torch.arange(length, device=index_BS.device) + num_virtual_tokens * ordinal_BS
+        begin_Q = slot_BS[starts_BS] - num_virtual_tokens
+        position_BS = torch.where(index_BS >= 0, slot_BS - F.pad(begin_Q, (0, 1))[index_BS], 0)
+        most, longest, padding = torch.stack(
+            [ordinal_BS[:, -1].max(), position_BS.max() + 1, (index_BS < 0).sum()]
+        ).tolist()
+        shape = (batch, length + num_virtual_tokens * most)
+        row_B1 = torch.arange(batch, device=index_BS.device).unsqueeze(1) * shape[1]
+        token_BS = slot_BS + row_B1
+        within_T = torch.arange(num_virtual_tokens, device=index_BS.device)
+        prompt_QT = token_BS[starts_BS].unsqueeze(1) - num_virtual_tokens + within_T
+        position = index_BS.new_zeros(shape).flatten()
+        position[token_BS] = position_BS
+        position[prompt_QT] = within_T
+        return cls(shape, token_BS, prompt_QT, position.view(shape), longest, most > 1 or padding > 0, most > 1)
+
+    def insert(self, embeds_BSD: Tensor, prompts_QTD: Tensor) -> Tensor:
+        """Embeddings (B, S, D) with the prompts (Q, T, D), of one dtype, where they belong: (B, L, D)."""
+        rows = embeds_BSD.new_zeros(self.shape[0] * self.shape[1], embeds_BSD.shape[-1])
+        rows = rows.index_copy(0, self.token_BS.flatten(), embeds_BSD.flatten(0, 1))
+        rows = rows.index_copy(0, self.prompt_QT.flatten(), prompts_QTD.flatten(0, 1))
+        return rows.view(*self.shape, -1)
+
+    def grow_mask(self, mask_BS: Tensor) -> Tensor:
+        """An attention mask (B, S) with ones for the prompts: (B, L)."""
+        mask = mask_BS.new_zeros(self.shape).flatten()
+        mask[self.token_BS] = mask_BS
+        mask[self.prompt_QT] = 1
+        return mask.view(self.shape)
+
+    def strip(self, output: Any) -> Any:
+        """Take the prompts' positions out of (B, L, ...) states and (B * L, ...) router logits, tuples of them too."""
+        if isinstance(output, tuple):
+            return tuple(self.strip(part) for part in output)
+        if not isinstance(output, Tensor):
+            return output
+        if output.dim() == 3 and output.shape[:2] == self.shape:
+            # not output[...]: the gradient of that adds up repeated indices, which takes longer
+            return output.flatten(0, 1).index_select(0, self.token_BS.flatten()).view(*self.token_BS.shape, -1)
+        if output.dim() == 2 and len(output) == self.shape[0] * self.shape[1]:
+            return output[self.token_BS.flatten()]
+        return output
