@@ -9,7 +9,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+from tests.matrix import Matrix
+
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-matrix", action="store_true", help="write the matrix of tests/README.md from this run")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Matrix(config.option.write_matrix))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -142,6 +142,7 @@ def assert_same(one: Run, other: Run, tolerance: float) -> None:
         torch.testing.assert_close(tensor, other.tensors[name], rtol=0, atol=tolerance)
 
 
+@pytest.mark.matrix("gradient checkpointing: {mode}", "{adapter}")
 @pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize("mode", ["reentrant", "non-reentrant"])
 def test_gradient_checkpointing_changes_nothing(mode: str, adapter: str, train: Callable[[str, str], Run]) -> None:
@@ -150,11 +151,13 @@ def test_gradient_checkpointing_changes_nothing(mode: str, adapter: str, train: 
     assert_same(train(adapter, "plain"), checkpointed, 1e-6)  # the same operations, gradients added in another order
 
 
+@pytest.mark.matrix("packing: as unpacked", "{adapter}")
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_packing_changes_nothing(adapter: str, train: Callable[[str, str], Run]) -> None:
     assert_same(train(adapter, "plain"), train(adapter, "packed"), 1e-5)  # attention over one long row, not four
 
 
+@pytest.mark.matrix("accumulation: 1 x 4 as 4 x 1", "{adapter}")
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_accumulation_equals_one_batch(adapter: str, train: Callable[[str, str], Run]) -> None:
     assert_same(train(adapter, "4 x 1"), train(adapter, "1 x 4"), 1e-5)  # float32 sums in another order
