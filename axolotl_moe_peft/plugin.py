@@ -42,7 +42,7 @@ from .args import (  # noqa: E402
 )
 from .dataset_experts import COLUMN, ExpertLabelCollator, tag_dataset  # noqa: E402
 from .pt_moe import PTMoeConfig  # noqa: E402
-from .summary import format_table  # noqa: E402
+from .summary import format_memory, format_table  # noqa: E402
 from .tt_lora_moe import TTLoraMoeConfig  # noqa: E402
 
 LOG = get_logger(__name__)
@@ -238,9 +238,10 @@ def _collate_expert_labels(trainer: Trainer) -> None:
 
 
 def _log_what_is_trained(model: PeftModel, cfg: DictDefault) -> None:
-    LOG.info(
-        "%s adapter attached, trainable parameters:\n%s", cfg.adapter, format_table(model.base_model.parameter_rows())
-    )
+    rows = model.base_model.parameter_rows()
+    LOG.info("%s adapter attached, trainable parameters:\n%s", cfg.adapter, format_table(rows))
+    if cfg.optimizer:  # not so at inference
+        LOG.info("memory of the adapter: %s", format_memory(rows, getattr(cfg.optimizer, "value", cfg.optimizer)))
     LOG.info("the base model is frozen, routers of its own included")
     layers = getattr(model.base_model, "adapted_layers", None)
     if layers is not None and len(layers) != model.config.get_text_config().num_hidden_layers:

@@ -229,6 +229,10 @@ def test_log_has_the_parameter_table(variant: str, trained: Callable[[str], Run]
     table = run.output[run.output.index(f"{adapter} adapter attached, trainable parameters:") :].splitlines()[2:]
     rows = [line.split() for line in table[: len(expected)]]
     assert [(row[0], int(row[2].replace(",", ""))) for row in rows] == expected
+    # float32, and AdamW's two moments
+    size, states = (f"{4 * n / 2**20:,.2f} MiB" for n in (total, 2 * total))
+    memory = f"memory of the adapter: parameters {size} + gradients {size} + states of adamw_torch {states} ="
+    assert memory in run.output
 
 
 def test_log_names_the_adapted_layers_where_not_all_have_experts(
