@@ -8,6 +8,7 @@ in moe_families.py. T tokens, E base experts, k of them per token, D model width
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 from collections.abc import Callable, Sequence
@@ -139,7 +140,8 @@ class MoeBlock:
         training = called.training
         called.eval()  # no jitter: the random numbers of training stay where they were
         try:
-            called(hidden_states, **arguments)
+            with _autocast(hidden_states):
+                called(hidden_states, **arguments)
         except _ProbeDone:
             pass
         finally:
@@ -225,6 +227,13 @@ class MoeBlock:
             f"perft.{key} is not possible with {type(self.module).__name__} ({self.name}): {reason}. Leave the key "
             "out, or leave such layers out with `layers_to_transform`."
         )
+
+
+def _autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    """Mixed precision as in training: Axolotl keeps the modules named `gate` of a bf16 base in float32."""
+    if x.is_meta or x.dtype not in (torch.bfloat16, torch.float16):
+        return contextlib.nullcontext()
+    return torch.autocast(x.device.type, x.dtype)
 
 
 def find_moe_blocks(model: nn.Module) -> list[MoeBlock]:

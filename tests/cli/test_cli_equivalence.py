@@ -1,10 +1,12 @@
-"""Settings of the host that must not change what is learnt: packing, accumulation, gradient checkpointing.
+"""Settings of the host that must not change what is learnt, for every adapter and the host's own LoRA beside them.
 
-Every run starts from one adapter whose parameters all have gradients from the first step on (PERFT's up-projections
-away from zero), and steps with SGD without clipping, so that the weights show every gradient's size.
+Every run starts from one adapter whose parameters all have gradients from the first step on (up-projections away from
+zero), and steps with SGD without clipping, so that the weights show every gradient's size. What is random (noise,
+dropout) is off.
 """
 
 import functools
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,32 +14,68 @@ from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from axolotl_moe_peft import PerftConfig, TTLoraConfig
+from axolotl_moe_peft import TTLoraConfig
+from axolotl_moe_peft.args import CONFIGS
 from tests.cli.cli_helpers import AxolotlPool, adapter_tensors, log_history, tokenised, write_rows, write_yaml
-from tests.tiny_models import randomise_adapters
 
 N, K, RANK, ALPHA = 4, 2, 4, 8
 # large enough to be a good part of the gradient
 AUX, Z = 0.5, 0.1
 STEPS = 2
-PERFT = {"num_experts": N, "num_experts_per_tok": K, "rank": RANK, "alpha": ALPHA}
 TT_LORA = {
     "rank": RANK,
     "alpha": ALPHA,
     "target_modules": ["q_proj", "v_proj"],
     "factors": {"q_proj": {"in": [8, 2, 2], "out": [4, 8]}},
 }
-ADAPTERS = ("perft", "tt_lora")
+LORA = {"lora_r": RANK, "lora_alpha": ALPHA, "lora_target_modules": TT_LORA["target_modules"]}
+TRITON_KERNELS = {f"lora_{part}_kernel": False for part in ("mlp", "qkv", "o", "embedding")}
+# the adapter of the YAML and its block; a balance coefficient where the adapter has one
+BLOCKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "perft": (
+        "perft",
+        {"num_experts": N, "num_experts_per_tok": K, "rank": RANK, "alpha": ALPHA}
+        | {"router_aux_loss_coef": AUX, "router_z_loss_coef": Z},
+    ),
+    "perft embedded": ("perft", {"variant": "embedded", "rank": RANK, "base_router_aux_loss_coef": AUX}),
+    "perft dense": ("perft", {"variant": "dense", "num_experts": 2, "rank": RANK}),
+    "tt_lora": ("tt_lora", TT_LORA),
+    "tt_lora_moe": ("tt_lora_moe", {"router_noise": False}),
+    "pt_moe": (
+        "pt_moe",
+        {"num_virtual_tokens": 4, "num_experts": 3, "rank": 3, "router_noise_std": 0.0, "router_aux_loss_coef": AUX},
+    ),
+}
+ADAPTERS = ("lora", *BLOCKS)
+CHECKPOINTING = {"gradient_checkpointing": True}
+PACKED = {"sample_packing": True, "sample_packing_eff_est": 1.0, "micro_batch_size": 1}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {"save_steps": 1},
+    "reentrant": CHECKPOINTING,
+    "non-reentrant": CHECKPOINTING | {"gradient_checkpointing_kwargs": {"use_reentrant": False}},
+    "hidden_states": CHECKPOINTING
+    | {"gradient_checkpointing_kwargs": {"use_reentrant": False}, "activation_offloading": "hidden_states"},
+    "packed": PACKED,
+    "packed, reentrant": PACKED | CHECKPOINTING,
+    "1 x 4": {"micro_batch_size": 1, "gradient_accumulation_steps": 4},
+    "4 x 1": {},
+    "eager attention": {"attn_implementation": "eager"},
+    "eager experts": {"experts_implementation": "eager"},
+    "batched_mm": {"experts_implementation": "batched_mm"},
+    "grouped_mm": {"experts_implementation": "grouped_mm"},
+    "bf16": {"bf16": True},
+}
 
 
 @dataclass
 class Run:
     """A finished training run: its log lines and the adapter it saved."""
 
+    config: Path
     lines: list[dict[str, float]]
     tensors: dict[str, Tensor]
     output: str
@@ -62,23 +100,50 @@ def equal_rows(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def start(folder: Path, base_model: Callable[[str], Path]) -> Callable[[str], Path]:
+def block(folder: Path, base_model: Callable[[str], Path]) -> Callable[[str], dict[str, Any]]:
+    """`block("perft")`: that adapter's part of the YAML."""
+
+    @functools.cache
+    def get(adapter: str) -> dict[str, Any]:
+        if adapter == "lora":
+            return {"adapter": "lora", "perft": None, **LORA, **TRITON_KERNELS}
+        method, settings = BLOCKS[adapter]
+        if method == "tt_lora_moe":
+            experts = [{"name": name, "path": str(folder / name)} for name in ("a", "b")]
+            for seed, expert in enumerate(experts):
+                torch.manual_seed(seed)
+                base = AutoModelForCausalLM.from_pretrained(base_model("mixtral"))
+                get_peft_model(base, TTLoraConfig(**TT_LORA, task_type="CAUSAL_LM")).save_pretrained(expert["path"])
+            settings = settings | {"experts": experts}
+        return {"adapter": method, "perft": None, method: settings}
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def start(
+    folder: Path, base_model: Callable[[str], Path], block: Callable[[str], dict[str, Any]]
+) -> Callable[[str], Path]:
     """`start("perft")`: the adapter of that method that every run starts from."""
 
     @functools.cache
     def save(adapter: str) -> Path:
-        config = (PerftConfig if adapter == "perft" else TTLoraConfig)(**_block(adapter), task_type="CAUSAL_LM")
+        method = block(adapter)["adapter"]
+        if adapter == "lora":
+            config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=LORA["lora_target_modules"])
+        else:
+            config = CONFIGS[method](**block(adapter)[method])
+        config.task_type = "CAUSAL_LM"
         torch.manual_seed(1)
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_model("mixtral")), config)
-        randomise_adapters(model)  # PERFT's
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
         model.save_pretrained(folder / f"start {adapter}")
         return folder / f"start {adapter}"
 
     return save
-
-
-def _block(adapter: str) -> dict[str, Any]:
-    return PERFT if adapter == "perft" else TT_LORA
 
 
 @pytest.fixture(scope="module")
@@ -86,46 +151,41 @@ def train(
     axolotl: AxolotlPool,
     base_model: Callable[[str], Path],
     folder: Path,
+    block: Callable[[str], dict[str, Any]],
     start: Callable[[str], Path],
     rows: Path,
     equal_rows: Path,
 ) -> Callable[[str, str], Run]:
     """`train(adapter, name)`: two steps with the settings of that name."""
-    accumulation = {"rows": equal_rows, "aux": 0.0}
-    settings: dict[str, dict[str, Any]] = {
-        "plain": {},
-        "reentrant": {"gradient_checkpointing": True},
-        "non-reentrant": {
-            "gradient_checkpointing": True,
-            "gradient_checkpointing_kwargs": {"use_reentrant": False},
-        },
-        "packed": {"sample_packing": True, "sample_packing_eff_est": 1.0, "micro_batch_size": 1},
-        "1 x 4": accumulation | {"micro_batch_size": 1, "gradient_accumulation_steps": 4},
-        "4 x 1": accumulation | {"micro_batch_size": 4, "gradient_accumulation_steps": 1},
-    }
 
     @functools.cache
     def run(adapter: str, name: str) -> Run:
-        keys = dict(settings[name])
-        losses = {"router_aux_loss_coef": keys.pop("aux", AUX), "router_z_loss_coef": Z}
-        block = _block(adapter) | (losses if adapter == "perft" else {})
+        accumulation = name in ("1 x 4", "4 x 1")
+        given_rows = equal_rows if accumulation else rows
+        keys = dict(block(adapter))
+        if accumulation and adapter != "lora":  # a balance loss is not linear in the batch
+            method = keys["adapter"]
+            keys[method] = {key: 0.0 if "aux_loss" in key else value for key, value in keys[method].items()}
+        if adapter == "tt_lora_moe":
+            keys["datasets"] = [{"path": str(given_rows), "type": "chat_template", "expert": "a"}]
+            keys["dataset_prepared_path"] = str(folder / "labelled.prepared")
         config = write_yaml(
             folder / f"{adapter} {name}.yaml",
             base_model("mixtral"),
-            keys.pop("rows", rows),
-            **{"adapter": adapter, "perft": None, adapter: block},
+            given_rows,
+            **keys,
             lora_model_dir=str(start(adapter)),
             max_steps=STEPS,
             optimizer="sgd",
             learning_rate=0.1,
             max_grad_norm=1e6,
-            **keys,
+            **SETTINGS[name],
         )
         result = axolotl("train", config)
         assert result.code == 0, result.output
         lines = log_history(config.with_suffix(""))
         assert len(lines) == STEPS
-        return Run(lines, adapter_tensors(config.with_suffix("")), result.output)
+        return Run(config, lines, adapter_tensors(config.with_suffix("")), result.output)
 
     return run
 
@@ -134,16 +194,21 @@ def assert_same(one: Run, other: Run, tolerance: float) -> None:
     for line, other_line in zip(one.lines, other.lines, strict=True):
         for key in ("loss", "grad_norm"):
             assert line[key] == pytest.approx(other_line[key], rel=tolerance), key
-        for key in ("router_aux_loss", "router_z_loss", "expert_entropy", "expert_max_share", "expert_used_fraction"):
+        figures = {key for key in line if key.startswith(("router_", "base_router_", "expert_"))}
+        assert figures == {key for key in other_line if key.startswith(("router_", "base_router_", "expert_"))}
+        for key in figures:
             # the host rounds them to five decimals
-            assert line.get(key) == pytest.approx(other_line.get(key), abs=1.5e-5), key
+            assert line[key] == pytest.approx(other_line[key], abs=max(tolerance, 1.5e-5)), key
     assert one.tensors.keys() == other.tensors.keys()
     for name, tensor in one.tensors.items():
         torch.testing.assert_close(tensor, other.tensors[name], rtol=0, atol=tolerance)
 
 
+every_adapter = pytest.mark.parametrize("adapter", ADAPTERS)
+
+
 @pytest.mark.matrix("gradient checkpointing: {mode}", "{adapter}")
-@pytest.mark.parametrize("adapter", ADAPTERS)
+@every_adapter
 @pytest.mark.parametrize("mode", ["reentrant", "non-reentrant"])
 def test_gradient_checkpointing_changes_nothing(mode: str, adapter: str, train: Callable[[str, str], Run]) -> None:
     checkpointed = train(adapter, mode)
@@ -151,19 +216,66 @@ def test_gradient_checkpointing_changes_nothing(mode: str, adapter: str, train: 
     assert_same(train(adapter, "plain"), checkpointed, 1e-6)  # the same operations, gradients added in another order
 
 
-@pytest.mark.matrix("packing: as unpacked", "{adapter}")
-@pytest.mark.parametrize("adapter", ADAPTERS)
-def test_packing_changes_nothing(adapter: str, train: Callable[[str, str], Run]) -> None:
-    assert_same(train(adapter, "plain"), train(adapter, "packed"), 1e-5)  # attention over one long row, not four
+@pytest.mark.matrix("gradient checkpointing: activation_offloading: hidden_states", "{adapter}")
+@every_adapter
+def test_offloading_changes_nothing(adapter: str, train: Callable[[str, str], Run]) -> None:
+    assert_same(train(adapter, "plain"), train(adapter, "hidden_states"), 1e-6)  # as above
+
+
+@pytest.mark.matrix("packing: as padded rows", "{adapter}")
+@every_adapter
+@pytest.mark.parametrize("name", ["packed", "packed, reentrant"])
+def test_packing_changes_nothing(name: str, adapter: str, train: Callable[[str, str], Run]) -> None:
+    assert_same(train(adapter, "plain"), train(adapter, name), 1e-5)  # attention over one long row, not four
 
 
 @pytest.mark.matrix("accumulation: 1 x 4 as 4 x 1", "{adapter}")
-@pytest.mark.parametrize("adapter", ADAPTERS)
+@every_adapter
 def test_accumulation_equals_one_batch(adapter: str, train: Callable[[str, str], Run]) -> None:
     assert_same(train(adapter, "4 x 1"), train(adapter, "1 x 4"), 1e-5)  # float32 sums in another order
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.matrix("attention: eager as sdpa", "{adapter}")
+@every_adapter
+def test_attention_implementations_agree(adapter: str, train: Callable[[str, str], Run]) -> None:
+    assert_same(train(adapter, "plain"), train(adapter, "eager attention"), 1e-5)  # float32 sums in another order
+
+
+@pytest.mark.matrix("experts_implementation: {name} as grouped_mm", "{adapter}")
+@every_adapter
+@pytest.mark.parametrize("name", ["eager experts", "batched_mm"])
+def test_experts_implementations_agree(name: str, adapter: str, train: Callable[[str, str], Run]) -> None:
+    assert_same(train(adapter, "grouped_mm"), train(adapter, name), 1e-5)  # float32 sums in another order
+
+
+@pytest.mark.matrix("precision: bf16 as float32", "{adapter}")
+@every_adapter
+def test_bf16_is_near_float32(adapter: str, train: Callable[[str, str], Run]) -> None:
+    exact, rounded = train(adapter, "plain"), train(adapter, "bf16")
+    for line, rounded_line in zip(exact.lines, rounded.lines, strict=True):
+        for key in ("loss", "grad_norm"):
+            assert rounded_line[key] == pytest.approx(line[key], rel=0.03), key  # bf16 has three digits
+    for name, tensor in exact.tensors.items():
+        assert rounded.tensors[name].dtype == torch.float32
+        torch.testing.assert_close(rounded.tensors[name], tensor, rtol=0, atol=0.01)
+
+
+@pytest.mark.matrix("resume: as uninterrupted", "{adapter}")
+@every_adapter
+def test_resuming_changes_nothing(
+    adapter: str, train: Callable[[str, str], Run], axolotl: AxolotlPool, folder: Path
+) -> None:
+    straight, resumed = train(adapter, "plain"), folder / f"resumed {adapter}"
+    shutil.copytree(straight.config.with_suffix("") / "checkpoint-1", resumed / "checkpoint-1")
+    result = axolotl(
+        "train", straight.config, f"--output-dir={resumed}", f"--resume-from-checkpoint={resumed / 'checkpoint-1'}"
+    )
+    assert result.code == 0, result.output
+    again = Run(straight.config, log_history(resumed), adapter_tensors(resumed), result.output)
+    assert_same(straight, again, 0.0)  # the same operations on the same numbers
+
+
+@pytest.mark.parametrize("adapter", ["perft", "tt_lora"])
 @pytest.mark.parametrize("name", ["plain", "packed", "1 x 4"])
 def test_first_step_equals_a_plain_reference(
     name: str,

@@ -260,6 +260,23 @@ def test_the_table_names_blocks_that_exist_and_few():
     assert len(moe_families.FAMILIES) <= 10
 
 
+@each_variant
+@each_family
+def test_a_bf16_base_with_float32_gates_trains_in_mixed_precision(family, variant):
+    base = tiny_family_model(family).to(torch.bfloat16)
+    for name, module in base.named_modules():
+        if name.endswith(".gate"):  # what Axolotl does to the base before it attaches an adapter
+            module.float()
+    coef = {} if family in NO_BASE_LOSS else {"base_router_aux_loss_coef": 0.5}
+    model = get_peft_model(base, config(variant, **coef))
+    randomise_adapters(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        gradients = adapter_gradients(model)
+    for name, gradient in gradients.items():
+        assert gradient.dtype == torch.float32 and gradient.isfinite().all(), name
+    assert any(gradient.abs().sum() > 0 for gradient in gradients.values())
+
+
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"jetmoe"}))  # its router counts on the CPU
 def test_a_base_on_the_meta_device_gets_adapters_of_the_same_shapes(family):
     shapes = []
