@@ -84,7 +84,7 @@ def run_command(*command: str) -> Result:
 class AxolotlPool:
     """Runs `axolotl ...` in a new process each time, without paying for the imports each time."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **environment: str) -> None:
         self._stdin, self._log = folder / "stdin", folder / "log"
         self._exit_codes, write_end = os.pipe()
         self._process = subprocess.Popen(
@@ -94,7 +94,7 @@ class AxolotlPool:
             stderr=subprocess.DEVNULL,
             pass_fds=[write_end],
             # compiling the packing algorithm takes longer than running it
-            env=_CPU_ONLY | {"NUMBA_DISABLE_JIT": "1"},
+            env=_CPU_ONLY | {"NUMBA_DISABLE_JIT": "1"} | environment,
             text=True,
         )
         os.close(write_end)

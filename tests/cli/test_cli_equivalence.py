@@ -14,43 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from axolotl_moe_peft import TTLoraConfig
-from axolotl_moe_peft.args import CONFIGS
+from tests.cli.adapters import ADAPTERS, ALPHA, AUX, RANK, K, N, Z, adapter_keys, dataset_keys
 from tests.cli.cli_helpers import AxolotlPool, adapter_tensors, log_history, tokenised, write_rows, write_yaml
 
-N, K, RANK, ALPHA = 4, 2, 4, 8
-# large enough to be a good part of the gradient
-AUX, Z = 0.5, 0.1
 STEPS = 2
-TT_LORA = {
-    "rank": RANK,
-    "alpha": ALPHA,
-    "target_modules": ["q_proj", "v_proj"],
-    "factors": {"q_proj": {"in": [8, 2, 2], "out": [4, 8]}},
-}
-LORA = {"lora_r": RANK, "lora_alpha": ALPHA, "lora_target_modules": TT_LORA["target_modules"]}
-TRITON_KERNELS = {f"lora_{part}_kernel": False for part in ("mlp", "qkv", "o", "embedding")}
-# the adapter of the YAML and its block; a balance coefficient where the adapter has one
-BLOCKS: dict[str, tuple[str, dict[str, Any]]] = {
-    "perft": (
-        "perft",
-        {"num_experts": N, "num_experts_per_tok": K, "rank": RANK, "alpha": ALPHA}
-        | {"router_aux_loss_coef": AUX, "router_z_loss_coef": Z},
-    ),
-    "perft embedded": ("perft", {"variant": "embedded", "rank": RANK, "base_router_aux_loss_coef": AUX}),
-    "perft dense": ("perft", {"variant": "dense", "num_experts": 2, "rank": RANK}),
-    "tt_lora": ("tt_lora", TT_LORA),
-    "tt_lora_moe": ("tt_lora_moe", {"router_noise": False}),
-    "pt_moe": (
-        "pt_moe",
-        {"num_virtual_tokens": 4, "num_experts": 3, "rank": 3, "router_noise_std": 0.0, "router_aux_loss_coef": AUX},
-    ),
-}
-ADAPTERS = ("lora", *BLOCKS)
 CHECKPOINTING = {"gradient_checkpointing": True}
 PACKED = {"sample_packing": True, "sample_packing_eff_est": 1.0, "micro_batch_size": 1}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -67,7 +37,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "eager experts": {"experts_implementation": "eager"},
     "batched_mm": {"experts_implementation": "batched_mm"},
     "grouped_mm": {"experts_implementation": "grouped_mm"},
-    "bf16": {"bf16": True},
+    "bf16": {
+        "bf16": True,
+        "plugins": ["axolotl_moe_peft.MoePeftPlugin", "tests.cli.cpu_training.UseCpu"],
+    },
 }
 
 
@@ -100,59 +73,12 @@ def equal_rows(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def block(folder: Path, base_model: Callable[[str], Path]) -> Callable[[str], dict[str, Any]]:
-    """`block("perft")`: that adapter's part of the YAML."""
-
-    @functools.cache
-    def get(adapter: str) -> dict[str, Any]:
-        if adapter == "lora":
-            return {"adapter": "lora", "perft": None, **LORA, **TRITON_KERNELS}
-        method, settings = BLOCKS[adapter]
-        if method == "tt_lora_moe":
-            experts = [{"name": name, "path": str(folder / name)} for name in ("a", "b")]
-            for seed, expert in enumerate(experts):
-                torch.manual_seed(seed)
-                base = AutoModelForCausalLM.from_pretrained(base_model("mixtral"))
-                get_peft_model(base, TTLoraConfig(**TT_LORA, task_type="CAUSAL_LM")).save_pretrained(expert["path"])
-            settings = settings | {"experts": experts}
-        return {"adapter": method, "perft": None, method: settings}
-
-    return get
-
-
-@pytest.fixture(scope="module")
-def start(
-    folder: Path, base_model: Callable[[str], Path], block: Callable[[str], dict[str, Any]]
-) -> Callable[[str], Path]:
-    """`start("perft")`: the adapter of that method that every run starts from."""
-
-    @functools.cache
-    def save(adapter: str) -> Path:
-        method = block(adapter)["adapter"]
-        if adapter == "lora":
-            config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=LORA["lora_target_modules"])
-        else:
-            config = CONFIGS[method](**block(adapter)[method])
-        config.task_type = "CAUSAL_LM"
-        torch.manual_seed(1)
-        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_model("mixtral")), config)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
-        model.save_pretrained(folder / f"start {adapter}")
-        return folder / f"start {adapter}"
-
-    return save
-
-
-@pytest.fixture(scope="module")
 def train(
     axolotl: AxolotlPool,
     base_model: Callable[[str], Path],
     folder: Path,
-    block: Callable[[str], dict[str, Any]],
-    start: Callable[[str], Path],
+    experts: Callable[[str], Path],
+    start: Callable[[str, str], Path],
     rows: Path,
     equal_rows: Path,
 ) -> Callable[[str, str], Run]:
@@ -162,19 +88,16 @@ def train(
     def run(adapter: str, name: str) -> Run:
         accumulation = name in ("1 x 4", "4 x 1")
         given_rows = equal_rows if accumulation else rows
-        keys = dict(block(adapter))
+        keys = adapter_keys(adapter, experts("mixtral")) | dataset_keys(adapter, given_rows)
         if accumulation and adapter != "lora":  # a balance loss is not linear in the batch
             method = keys["adapter"]
             keys[method] = {key: 0.0 if "aux_loss" in key else value for key, value in keys[method].items()}
-        if adapter == "tt_lora_moe":
-            keys["datasets"] = [{"path": str(given_rows), "type": "chat_template", "expert": "a"}]
-            keys["dataset_prepared_path"] = str(folder / "labelled.prepared")
         config = write_yaml(
             folder / f"{adapter} {name}.yaml",
             base_model("mixtral"),
             given_rows,
             **keys,
-            lora_model_dir=str(start(adapter)),
+            lora_model_dir=str(start("mixtral", adapter)),
             max_steps=STEPS,
             optimizer="sgd",
             learning_rate=0.1,
@@ -282,7 +205,7 @@ def test_first_step_equals_a_plain_reference(
     adapter: str,
     train: Callable[[str, str], Run],
     base_model: Callable[[str], Path],
-    start: Callable[[str], Path],
+    start: Callable[[str, str], Path],
     rows: Path,
     equal_rows: Path,
 ) -> None:
@@ -291,11 +214,13 @@ def test_first_step_equals_a_plain_reference(
     given_rows = equal_rows if accumulated else rows
     if adapter == "perft":
         aux_coef = 0.0 if accumulated else AUX
-        loss, aux, z, grad_norm = reference_step(base_model("mixtral"), start(adapter), given_rows, aux_coef)
+        loss, aux, z, grad_norm = reference_step(
+            base_model("mixtral"), start("mixtral", adapter), given_rows, aux_coef
+        )
         assert line["router_z_loss"] == pytest.approx(z, abs=2e-5)  # rounded to five decimals by the host
         assert line.get("router_aux_loss") == (None if accumulated else pytest.approx(aux, abs=2e-5))
     else:
-        loss, grad_norm = tt_lora_reference_step(base_model("mixtral"), start(adapter), given_rows)
+        loss, grad_norm = tt_lora_reference_step(base_model("mixtral"), start("mixtral", adapter), given_rows)
     assert line["loss"] == pytest.approx(loss, rel=1e-5)  # float32
     assert line["grad_norm"] == pytest.approx(grad_norm, rel=1e-4)
 

@@ -1,0 +1,90 @@
+"""One adapter of every kind as YAML keys, without what is random (noise, dropout), and the host's own LoRA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from axolotl_moe_peft import TTLoraConfig
+from axolotl_moe_peft.args import CONFIGS
+
+N, K, RANK, ALPHA = 4, 2, 4, 8
+# large enough to be a good part of the gradient
+AUX, Z = 0.5, 0.1
+TT_LORA = {
+    "rank": RANK,
+    "alpha": ALPHA,
+    "target_modules": ["q_proj", "v_proj"],
+    "factors": {"q_proj": {"in": [8, 2, 2], "out": [4, 8]}},
+}
+LORA = {"lora_r": RANK, "lora_alpha": ALPHA, "lora_target_modules": TT_LORA["target_modules"]}
+TRITON_KERNELS = {f"lora_{part}_kernel": False for part in ("mlp", "qkv", "o", "embedding")}
+# the adapter of the YAML and its block; a balance coefficient where the adapter has one
+BLOCKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "perft": (
+        "perft",
+        {"num_experts": N, "num_experts_per_tok": K, "rank": RANK, "alpha": ALPHA}
+        | {"router_aux_loss_coef": AUX, "router_z_loss_coef": Z},
+    ),
+    "perft embedded": ("perft", {"variant": "embedded", "rank": RANK, "base_router_aux_loss_coef": AUX}),
+    "perft dense": ("perft", {"variant": "dense", "num_experts": 2, "rank": RANK}),
+    "tt_lora": ("tt_lora", TT_LORA),
+    "tt_lora_moe": ("tt_lora_moe", {"router_noise": False}),
+    "pt_moe": (
+        "pt_moe",
+        {"num_virtual_tokens": 4, "num_experts": 3, "rank": 3, "router_noise_std": 0.0, "router_aux_loss_coef": AUX},
+    ),
+}
+ADAPTERS = ("lora", *BLOCKS)
+ADAPTERS = ("lora", *BLOCKS)
+EXPERTS = ("a", "b")
+
+
+def adapter_keys(adapter: str, experts: Path) -> dict[str, Any]:
+    """The YAML's keys for that adapter; `experts` is the folder with the experts of a pool."""
+    if adapter == "lora":
+        return {"adapter": "lora", "perft": None, **LORA, **TRITON_KERNELS}
+    method, block = BLOCKS[adapter]
+    if method == "tt_lora_moe":
+        block = block | {"experts": [{"name": name, "path": str(experts / name)} for name in EXPERTS]}
+    return {"adapter": method, "perft": None, method: block}
+
+
+def dataset_keys(adapter: str, rows: Path) -> dict[str, Any]:
+    """The YAML's keys for training on these rows."""
+    dataset = {"path": str(rows), "type": "chat_template", "split": "train"}
+    if adapter != "tt_lora_moe":
+        return {"datasets": [dataset]}
+    prepared = str(rows.with_suffix(".labelled.prepared"))
+    return {"datasets": [dataset | {"expert": EXPERTS[0]}], "dataset_prepared_path": prepared}
+
+
+def save_experts(base: Path, folder: Path) -> None:
+    """The trained experts of a pool."""
+    for seed, name in enumerate(EXPERTS):
+        _save(TTLoraConfig(**TT_LORA), base, folder / name, seed, spread=0.0)
+
+
+def save_start(adapter: str, base: Path, experts: Path, folder: Path) -> None:
+    """An adapter whose parameters all have gradients from the first step on: no up-projection is zero."""
+    method, block = adapter_keys(adapter, experts)["adapter"], adapter_keys(adapter, experts)
+    if adapter == "lora":
+        config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=LORA["lora_target_modules"])
+    else:
+        config = CONFIGS[method](**block[method])
+    _save(config, base, folder, seed=1, spread=0.1)
+
+
+def _save(config: PeftConfig, base: Path, folder: Path, seed: int, spread: float) -> None:
+    config.task_type = "CAUSAL_LM"
+    torch.manual_seed(seed)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=spread)
+    model.save_pretrained(folder)
