@@ -1,0 +1,110 @@
+"""Kernels that need a GPU change nothing: all of Liger's, cut_cross_entropy, and the experts of the KernelsPlugin.
+
+In float32, but for cut_cross_entropy and ScatterMoE, which are made for bf16. cut_cross_entropy is Axolotl's fork,
+which is installed apart.
+"""
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.cli.adapters import ADAPTERS, adapter_keys, dataset_keys
+from tests.cli.cli_helpers import AxolotlPool, adapter_tensors, log_history, write_rows, write_yaml
+
+pytestmark = pytest.mark.gpu
+
+OURS = "axolotl_moe_peft.MoePeftPlugin"
+LIGER = {
+    "plugins": ["axolotl.integrations.liger.LigerPlugin", OURS],
+    **dict.fromkeys(
+        ("liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_fused_linear_cross_entropy"), True
+    ),
+}
+CUT = {"plugins": ["axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin", OURS], "cut_cross_entropy": True}
+SCATTERMOE = {
+    "plugins": ["axolotl.integrations.kernels.KernelsPlugin", OURS],
+    "use_kernels": True,
+    "use_scattermoe": True,
+    "experts_implementation": "scattermoe",
+}
+# (settings, precision, relative tolerance of loss and gradient norm: kernels sum in another order)
+SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
+    "Liger": (LIGER, {}, 1e-3),
+    "cut_cross_entropy": (CUT, {"bf16": True}, 2e-2),
+    "ScatterMoE": (SCATTERMOE, {"bf16": True}, 2e-2),
+}
+
+
+@pytest.fixture(scope="module")
+def axolotl(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AxolotlPool]:
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
+    pool = AxolotlPool(tmp_path_factory.mktemp("pool"), CUDA_VISIBLE_DEVICES=devices[0])
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="module")
+def train(
+    axolotl: AxolotlPool,
+    base_model: Callable[[str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+    experts: Callable[[str], Path],
+    start: Callable[[str, str], Path],
+) -> Callable[[str, str, bool], tuple[list[dict[str, float]], dict[str, torch.Tensor]]]:
+    """`train(kernels, adapter, on)`: log lines and saved adapter of two steps with or without those kernels."""
+    folder = tmp_path_factory.mktemp("kernels")
+    rows = write_rows(folder / "rows.jsonl", ((f"what is {i}?", "ok" * (1 + i)) for i in range(4)))
+
+    @functools.cache
+    def run(kernels: str, adapter: str, on: bool) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+        settings, precision, _ = SETTINGS[kernels]
+        config = write_yaml(
+            folder / f"{kernels} {adapter} {on}.yaml",
+            base_model("mixtral"),
+            rows,
+            **adapter_keys(adapter, experts("mixtral")) | dataset_keys(adapter, rows) | precision,
+            **(settings if on else {}),
+            lora_model_dir=str(start("mixtral", adapter)),
+            gradient_checkpointing=True,
+            max_steps=2,
+            optimizer="sgd",
+            learning_rate=0.1,
+            max_grad_norm=1e6,
+        )
+        result = axolotl("train", config)
+        assert result.code == 0, result.output
+        return log_history(config.with_suffix("")), adapter_tensors(config.with_suffix(""))
+
+    return run
+
+
+@pytest.mark.matrix("kernels: {kernels}", "{adapter}")
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize(
+    "kernels",
+    [
+        "Liger",
+        pytest.param(
+            "cut_cross_entropy",
+            marks=pytest.mark.skipif(
+                importlib.util.find_spec("cut_cross_entropy") is None, reason="cut_cross_entropy is not installed"
+            ),
+        ),
+        "ScatterMoE",
+    ],
+)
+def test_kernels_change_nothing(kernels: str, adapter: str, train: Callable) -> None:
+    (lines, tensors), (fused_lines, fused_tensors) = train(kernels, adapter, False), train(kernels, adapter, True)
+    tolerance = SETTINGS[kernels][2]
+    for line, fused in zip(lines, fused_lines, strict=True):
+        for key in ("loss", "grad_norm"):
+            assert fused[key] == pytest.approx(line[key], rel=tolerance), key
+    assert tensors.keys() == fused_tensors.keys()
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(fused_tensors[name], tensor, rtol=0, atol=tolerance, msg=name)
