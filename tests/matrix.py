@@ -29,6 +29,7 @@ COLUMNS = (
     "tt_lora_moe",
     "pt_moe",
 )
+_ALIASES = {"perft": "perft routed", "routed": "perft routed"}
 _SKIPPED = "(GPU)"
 
 
@@ -44,7 +45,7 @@ class Matrix:
         parameters = getattr(item, "callspec", None)
         for marker in item.iter_markers("matrix"):
             row, column = (text.format(**(parameters.params if parameters else {})) for text in marker.args)
-            column = "perft routed" if column == "perft" else column
+            column = _ALIASES.get(column, column)
             if column not in COLUMNS:
                 raise ValueError(f"@pytest.mark.matrix: column {column!r}; one of {COLUMNS}")
             cell = marker.kwargs.get("cell") or ("GPU" if item.get_closest_marker("gpu") else "CPU")

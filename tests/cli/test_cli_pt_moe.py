@@ -186,6 +186,7 @@ def test_a_rank_of_null_is_a_prompt_that_is_not_factorised(
     assert prompt.shape == (1, 4, 32)
 
 
+@pytest.mark.matrix("commands: train --lora-model-dir", "pt_moe")
 def test_lora_model_dir_continues_from_the_saved_adapter(
     axolotl: AxolotlPool, train: Callable[[str], Run], base: Path, few_rows: Path, tmp_path: Path
 ) -> None:
@@ -211,6 +212,7 @@ def mean_loss(model: torch.nn.Module, rows: Path) -> float:
     return total / tokens
 
 
+@pytest.mark.matrix("commands: evaluate", "pt_moe")
 def test_evaluate_measures_the_trained_adapter(
     axolotl: AxolotlPool, train: Callable[[str], Run], base: Path, few_rows: Path, tmp_path: Path
 ) -> None:
@@ -228,6 +230,7 @@ def test_evaluate_measures_the_trained_adapter(
     assert abs(loss - base_loss) > 0.01
 
 
+@pytest.mark.matrix("commands: inference", "pt_moe")
 def test_inference_answers_a_prompt(axolotl: AxolotlPool, train: Callable[[str], Run]) -> None:
     run = train("as a user, packed")
     result = axolotl("inference", run.config, f"--lora-model-dir={run.output_dir}", stdin="what is 1 + 7?")
@@ -236,6 +239,7 @@ def test_inference_answers_a_prompt(axolotl: AxolotlPool, train: Callable[[str],
     assert len(result.output.rpartition("<|assistant|>")[2].strip(" =\n")) > 0, result.output
 
 
+@pytest.mark.matrix("commands: merge-lora", "pt_moe", cell="refused: its prompt is no weight of the base")
 @pytest.mark.parametrize("method", ["memory_efficient", "legacy"])
 def test_merge_lora_is_refused_with_the_reason(method: str, axolotl: AxolotlPool, train: Callable[[str], Run]) -> None:
     run = train("as a user, packed")

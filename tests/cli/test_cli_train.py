@@ -302,6 +302,7 @@ def test_resumed_training_equals_uninterrupted(
     assert all(torch.equal(tensors[name], resumed_tensors[name]) for name in tensors)
 
 
+@pytest.mark.matrix("commands: train --lora-model-dir", "{variant}")
 @pytest.mark.parametrize(
     ("variant", "keys"),
     [
@@ -331,6 +332,7 @@ def test_lora_model_dir_continues_from_the_saved_adapter(
     assert line["grad_norm"] > 0  # it was being trained
 
 
+@pytest.mark.matrix("commands: evaluate", "{variant}")
 @pytest.mark.parametrize("variant", FULL)
 def test_evaluate_measures_the_trained_adapter(
     variant: str, axolotl: AxolotlPool, trained: Callable[[str], Run], tmp_path: Path, few_rows: Path
@@ -375,6 +377,7 @@ def mean_loss(model: torch.nn.Module, rows: Path) -> float:
     return total / tokens
 
 
+@pytest.mark.matrix("commands: inference", "{variant}")
 @pytest.mark.parametrize("variant", FULL)
 def test_inference_answers_a_prompt(variant: str, axolotl: AxolotlPool, trained: Callable[[str], Run]) -> None:
     run = trained(variant)
@@ -385,6 +388,7 @@ def test_inference_answers_a_prompt(variant: str, axolotl: AxolotlPool, trained:
     assert "<|user|>" in result.output and len(answer.strip(" =\n")) > 0, result.output
 
 
+@pytest.mark.matrix("commands: merge-lora", "perft", cell="refused: no weight of the base computes what a router adds")
 @pytest.mark.parametrize("method", ["memory_efficient", "legacy"])
 def test_merge_lora_refuses_perft_with_the_reason(
     method: str, axolotl: AxolotlPool, trained: Callable[[str], Run]
@@ -402,6 +406,7 @@ def test_merge_lora_refuses_perft_with_the_reason(
     assert checksums(run.output_dir) == before
 
 
+@pytest.mark.matrix("commands: merge-lora", "tt_lora")
 @torch.no_grad()
 def test_merge_lora_writes_a_model_that_computes_what_base_and_adapter_do(
     axolotl: AxolotlPool, trained: Callable[[str], Run]

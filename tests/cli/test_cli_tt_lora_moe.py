@@ -182,6 +182,8 @@ def test_resumed_training_equals_uninterrupted(
     assert all(torch.equal(straight[name], again[name]) for name in straight)
 
 
+@pytest.mark.matrix("commands: evaluate", "tt_lora_moe")
+@pytest.mark.matrix("commands: inference", "tt_lora_moe")
 def test_evaluate_and_inference_take_the_saved_pool_without_the_stage_one_folders(
     axolotl: AxolotlPool, trained: Callable[[bool], Path], folder: Path, base_model: Callable[[str], Path]
 ) -> None:
@@ -196,6 +198,7 @@ def test_evaluate_and_inference_take_the_saved_pool_without_the_stage_one_folder
     assert len(result.output.rpartition("<|assistant|>")[2].strip(" =\n")) > 0, result.output
 
 
+@pytest.mark.matrix("commands: train --lora-model-dir", "tt_lora_moe")
 def test_a_trained_pool_takes_one_more_expert(
     axolotl: AxolotlPool, trained: Callable[[bool], Path], folder: Path, base_model: Callable[[str], Path]
 ) -> None:
@@ -341,6 +344,7 @@ def test_an_expert_without_rows_is_a_warning(
     assert "no dataset has `expert: letters`" in result.output
 
 
+@pytest.mark.matrix("commands: merge-lora", "tt_lora_moe", cell="refused: the expert is chosen for each sequence")
 def test_merge_lora_is_refused_with_the_reason(axolotl: AxolotlPool, trained: Callable[[bool], Path]) -> None:
     result = axolotl("merge-lora", trained(False))
     assert_refused(result, ("cannot merge an adapter of type tt_lora_moe", "chosen for each sequence"))
