@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,11 @@ def attach(recipe: dict[str, Any]) -> PeftModel:
         return get_peft_model(real_architecture(recipe), CONFIGS[adapter](**block, task_type="CAUSAL_LM"))
 
 
-def counts(model: PeftModel) -> tuple[int, int]:
-    """(trainable, of these a token passes through)."""
+@cache
+def counts(name: str) -> tuple[int, int]:
+    """(trainable, of these a token passes through) of the recipe's adapter on the real architecture."""
+    model = attach(load(name))
     rows = model.base_model.parameter_rows()
-    return sum(row.parameters for row in rows), sum(row.activated for row in rows)
+    trainable = sum(row.parameters for row in rows)
+    assert trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return trainable, sum(row.activated for row in rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.recipes.recipes import FOLDER, RECIPES, ROOT, attach, counts, load
+from tests.recipes.recipes import FOLDER, RECIPES, ROOT, counts, load
 
 README = ROOT / "README.md"
 BEGIN, END = "<!-- recipes: written by python -m tests.recipes.table -->", "<!-- recipes end -->"
@@ -33,7 +33,7 @@ def table() -> str:
     lines = ["| base model | method | trainable | per token | recipe |", "|---|---|---:|---:|---|"]
     for name in RECIPES:
         recipe = load(name)
-        trainable, activated = counts(attach(recipe))
+        trainable, activated = counts(name)
         link = f"[{name}]({FOLDER.name}/{name})"
         base = recipe["base_model"].rpartition("/")[2]
         lines.append(f"| {base} | {method(recipe)} | {trainable:,} | {activated:,} | {link} |")
