@@ -160,11 +160,11 @@ ON_A_CPU = {
 ATTENTION_ON_A_CPU = {"flash_attention_2": "sdpa"}
 SHORT = {
     "max_steps": STEPS,
-    "micro_batch_size": 2,
+    "micro_batch_size": 1,
     "gradient_accumulation_steps": 1,
-    "sequence_len": 384,
+    "sequence_len": 256,
     "logging_steps": 1,
-    "eval_batch_size": 2,
+    "eval_batch_size": 1,
     "evals_per_epoch": None,
     "eval_steps": STEPS,
     "saves_per_epoch": None,
