@@ -52,7 +52,8 @@ BASE_BILLIONS = {
     "meta-llama/Llama-3.2-1B": "1.23",
     "meta-llama/Llama-3.2-1B-Instruct": "1.23",
 }
-# trainable and activated parameters, as the papers' tables and formulas give them: millions for PERFT
+# trainable and activated parameters, as the papers' tables and formulas give them (of the prompts: the trainable
+# ones); millions for PERFT
 PAPERS = {
     "olmoe/1b-7b-perft-routed-*.yaml": ("8.651", "2.359"),
     "olmoe/1b-7b-perft-embedded-*.yaml": ("16.777", "2.097"),
