@@ -97,6 +97,8 @@ _SUPERVISED_ONLY = {
     "pt_moe": "its prompt is chosen by the part of a row before the labels, and the trainers of `rl:` call the model "
     "without labels",
 }
+# Values of `rl:` for which Axolotl hands the trainer the adapter's configuration alone.
+_BUILT_BY_THE_TRAINER = ("dpo", "ipo", "kto")
 
 
 def own_fields(config_cls: type[PeftConfig]) -> dict[str, dataclasses.Field]:
@@ -173,6 +175,11 @@ class MoePeftArgs(BaseModel):
             raise ValueError(
                 f"`rl: {data['rl']}` does not work with `adapter: {adapter}`: {_SUPERVISED_ONLY[adapter]}."
             )
+        if data.get("rl") in _BUILT_BY_THE_TRAINER and data.get("lora_model_dir") and not data.get("merge_lora"):
+            raise ValueError(
+                f"`lora_model_dir` with `rl: {data['rl']}`: Axolotl builds the adapter anew from its configuration "
+                "there and would ignore the saved one. Remove `lora_model_dir`."
+            )
         if data.get("merge_lora") and adapter in _UNMERGEABLE:
             raise ValueError(
                 f"`axolotl merge-lora` cannot merge an adapter of type {adapter}: {_UNMERGEABLE[adapter]}. Nothing "
@@ -208,6 +215,12 @@ class MoePeftArgs(BaseModel):
                     f"{adapter}.{key} means nothing with {setting}: {getattr(block, setting)}; remove it, or use "
                     f"{setting}: {value}."
                 )
+        if (key := _loss_past_the_model(self)) and (coefs := _router_losses(adapter, config)):
+            raise ValueError(
+                f"`{key}` computes the loss past the model's own forward pass, where the router losses of "
+                f"`adapter: {adapter}` cannot act. Remove the key, or set "
+                f"{' and '.join(f'{adapter}.{coef}: 0.0' for coef in coefs)}."
+            )
         folder = getattr(self, "lora_model_dir", None)
         if folder and could_be_on_the_hub(folder):
             return self  # PEFT downloads it once the model is loaded
@@ -219,6 +232,25 @@ class MoePeftArgs(BaseModel):
                 ):
                     read_expert(expert, getattr(self, "base_model", None))
         return self
+
+
+def _loss_past_the_model(args: Any) -> str | None:
+    """The key with which a trainer of `rl:` calls the decoder and Liger's loss instead of the model."""
+    if getattr(args, "rl", None) is None:
+        return None
+    if getattr(args, "dpo_use_liger_kernel", None):
+        return "dpo_use_liger_kernel"
+    return "trl.use_liger_loss" if getattr(getattr(args, "trl", None), "use_liger_loss", None) else None
+
+
+def _router_losses(adapter: str, config: PeftConfig) -> list[str]:
+    """The keys of the router losses that act."""
+    idle = {key for key, setting, value in _COUNTS_ONLY_WITH[adapter] if getattr(config, setting) != value}
+    return [
+        key
+        for key in own_fields(type(config))
+        if key.endswith("_loss_coef") and key not in idle and getattr(config, key)
+    ]
 
 
 def check_datasets(data: Mapping[str, Any]) -> None:

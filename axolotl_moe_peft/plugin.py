@@ -83,11 +83,6 @@ class MoePeftPlugin(BasePlugin):
             return None
         config = _peft_config(cfg)
         if config_only:
-            if cfg.lora_model_dir:
-                raise ValueError(
-                    f"`lora_model_dir` with `rl: {cfg.rl.value}`: Axolotl builds the adapter anew from its "
-                    "configuration there and would ignore the saved one. Remove `lora_model_dir`."
-                )
             return None, config
         kwargs = {}
         if cfg.peft_autocast_adapter_dtype is not None:
@@ -111,6 +106,8 @@ class MoePeftPlugin(BasePlugin):
             return []
         if cfg.adapter == "tt_lora_moe":
             _collate_expert_labels(trainer)
+        if cfg.rl and "ref" in trainer.model.peft_config:
+            _copy_into_reference(trainer.model)
         return [AdapterCallback(cfg, trainer)]
 
 
@@ -129,9 +126,16 @@ class AdapterCallback(TrainerCallback):
         self.fresh = False
         if not self.trainer.is_deepspeed_enabled:  # DeepSpeed's optimiser holds flat copies
             _check_optimizer(kwargs["model"], kwargs["optimizer"])
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         auxiliary = getattr(self._tuner(kwargs["model"]), "auxiliary", None)
         if self.cfg.rl and auxiliary is not None:  # these trainers compute the loss outside the model
-            auxiliary.loss_scale = 1 / args.gradient_accumulation_steps
+            scaler = self.trainer.accelerator.scaler
+            loss_scale = 1.0 if scaler is None else scaler.get_scale()
+            # fewer than args.gradient_accumulation_steps at the end of an epoch
+            auxiliary.loss_scale = loss_scale / self.trainer.current_gradient_accumulation_steps
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -162,11 +166,15 @@ class AdapterCallback(TrainerCallback):
     def _store(self, tuner: BaseTuner, mode: Literal["train", "eval"]) -> None:
         """Put what the tuner has recorded since the last time on the host's next log line."""
         statistics = getattr(tuner, {"train": "statistics", "eval": "eval_statistics"}[mode], None)
-        if statistics is None or not hasattr(self.trainer, "store_metrics"):
+        if statistics is None:
             return
         figures = statistics.pop(lambda tensor: self.trainer.accelerator.reduce(tensor, "sum"))
-        prefix = "eval_" if mode == "eval" else ""
-        self.trainer.store_metrics({f"{prefix}{name}": value for name, value in figures.items()}, train_eval=mode)
+        if hasattr(self.trainer, "store_metrics"):
+            prefix = "eval_" if mode == "eval" else ""
+            self.trainer.store_metrics({f"{prefix}{name}": value for name, value in figures.items()}, train_eval=mode)
+        else:  # TRL's: lists, averaged for the log line
+            for name, value in figures.items():
+                self.trainer._metrics[mode][name].append(value)
 
 
 def _peft_config(cfg: DictDefault) -> PeftConfig:
@@ -235,6 +243,13 @@ def _collate_expert_labels(trainer: Trainer) -> None:
     # else the host drops the column of rows that it does not pack
     trainer._set_signature_columns_if_needed()
     trainer._signature_columns.append(COLUMN)
+
+
+def _copy_into_reference(model: PeftModel) -> None:
+    """Make TRL's frozen reference a copy of the adapter; TRL copies only parameters of modules named after it."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(".default"):
+            model.get_parameter(f"{name.removesuffix('default')}ref").data.copy_(parameter.data)
 
 
 def _log_what_is_trained(model: PeftModel, cfg: DictDefault) -> None:

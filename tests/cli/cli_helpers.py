@@ -204,3 +204,12 @@ def checksums(folder: Path) -> dict[str, str]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != "debug.log"
     }
+
+
+def lines_to_worry_about(output: str) -> list[str]:
+    """Warnings and errors that name us."""
+    return [
+        line
+        for line in output.splitlines()
+        if re.search(r"warn|error", line, re.I) and re.search("perft|tt_lora|axolotl_moe_peft", line)
+    ]
