@@ -57,7 +57,8 @@ _MEANINGLESS = (
     "relora",
     "qlora_sharded_model_loading",
 )
-_QUANTISED = ("load_in_4bit", "load_in_8bit", "gptq", "quantize_moe_experts", "model_quantization_config")
+_BITS_AND_BYTES = ("load_in_4bit", "load_in_8bit")
+_QUANTISED_OTHERWISE = ("gptq", "quantize_moe_experts", "model_quantization_config")
 # What may differ between a saved adapter and the YAML that continues its training: it shapes training, not the model.
 _TRAINING_FIELDS = (
     "dropout",
@@ -163,12 +164,20 @@ class MoePeftArgs(BaseModel):
         for key in _MEANINGLESS:
             if data.get(key):
                 raise ValueError(f"`{key}` means nothing with `adapter: {adapter}`; remove it.")
-        for key in _QUANTISED:
+        for key in _QUANTISED_OTHERWISE:
             if data.get(key):
                 raise ValueError(
-                    f"`{key}` does not work with `adapter: {adapter}`: Axolotl quantises the base only for its own "
-                    "lora and qlora. Remove the key and load the base in bf16."
+                    f"`{key}` does not work with `adapter: {adapter}`: it is for Axolotl's own lora and qlora, or not "
+                    "tested here. Remove the key; load the base in bf16 or with `load_in_4bit: true`."
                 )
+        for key in filter(data.get, _BITS_AND_BYTES):
+            for sharding in filter(data.get, ("fsdp", "fsdp_config", "deepspeed")):
+                raise ValueError(
+                    f"`{key}` does not work with `adapter: {adapter}` and `{sharding}`: Axolotl shards a quantised "
+                    "base for its own qlora only. Remove one of the two."
+                )
+        if all(map(data.get, _BITS_AND_BYTES)):
+            raise ValueError("`load_in_4bit` and `load_in_8bit` are both given; remove one.")
         if adapter == "tt_lora_moe" and data.get("pretraining_dataset"):
             raise ValueError("`pretraining_dataset` has no `expert:` for the router to learn; use `datasets`.")
         if data.get("rl") and adapter in _SUPERVISED_ONLY:
@@ -231,6 +240,14 @@ class MoePeftArgs(BaseModel):
                     saved.expert_names if saved else ()
                 ):
                     read_expert(expert, getattr(self, "base_model", None))
+        return self
+
+    @model_validator(mode="after")
+    def _ask_for_a_quantised_base(self) -> MoePeftArgs:
+        # the host's own keyword arguments of from_pretrained; the plugin fills them in once the dtype is known
+        if getattr(self, "adapter", None) in CONFIGS and any(getattr(self, key, None) for key in _BITS_AND_BYTES):
+            given = self.overrides_of_model_kwargs or {}
+            self.overrides_of_model_kwargs = {**given, "quantization_config": {}}
         return self
 
 

@@ -75,6 +75,9 @@ class MoePeftPlugin(BasePlugin):
 
     def pre_model_load(self, cfg: DictDefault) -> None:
         _check_base_model(cfg)
+        if cfg.adapter in CONFIGS and (cfg.load_in_4bit or cfg.load_in_8bit):
+            # Axolotl's loader, which quantises for its own adapters only, already holds this dict
+            cfg.overrides_of_model_kwargs["quantization_config"].update(_quantization(cfg))
 
     def load_adapter(
         self, model: PreTrainedModel, cfg: DictDefault, inference: bool = False, config_only: bool = False
@@ -208,6 +211,22 @@ def _check_base_model(cfg: DictDefault) -> None:
             _add_experts(get_peft_model(model, _config_of_saved(config, cfg.lora_model_dir)), config)
         else:
             get_peft_model(model, config)
+
+
+def _quantization(cfg: DictDefault) -> dict[str, Any]:
+    """What `load_in_4bit` or `load_in_8bit` mean for bitsandbytes, as with `adapter: qlora` and `adapter: lora`."""
+    settings: dict[str, Any] = {"load_in_8bit": True}
+    if cfg.load_in_4bit:
+        settings = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": cfg.torch_dtype,
+            **(cfg.bnb_config_kwargs or {}),
+        }
+    # these families' code reads the weights of some linear layers
+    skipped = {"jamba": ["mamba"], "falcon_h1": ["out_proj"]}.get(cfg.model_config_type)
+    return settings | ({"llm_int8_skip_modules": skipped} if skipped else {})
 
 
 def _check_room_for_the_prompt(cfg: DictDefault, model: PreTrainedModel, config: PTMoeConfig) -> None:

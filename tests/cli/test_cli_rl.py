@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,6 @@ CHATS = [
 # of each value of `rl:` the rows and the keys that it needs
 METHODS: dict[str, tuple[list[dict[str, Any]], Any, dict[str, Any]]] = {
     "dpo": (PAIRS, {"field_prompt": "prompt"}, {"rl_beta": BETA}),
-    "ipo": (PAIRS, {"field_prompt": "prompt"}, {"rl_beta": BETA}),
     "kto": (
         [
             {"prompt": prompt, "completion": REJECTED if i % 2 else CHOSEN, "label": not i % 2}
@@ -57,12 +56,13 @@ METHODS: dict[str, tuple[list[dict[str, Any]], Any, dict[str, Any]]] = {
         [{"prompt": prompt} for prompt in PROMPTS],
         None,
         {
+            "micro_batch_size": 4,  # two completions of each prompt
             "trl": {
                 "beta": BETA,
                 "num_generations": 2,
                 "max_completion_length": 6,
                 "reward_funcs": ["tests.cli.rewards.share_of_a"],
-            }
+            },
         },
     ),
     "orpo": (CHATS, "chat_template.argilla", {"orpo_alpha": BETA, "remove_unused_columns": False}),
@@ -77,7 +77,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "tt_lora": {"adapter": "tt_lora", "perft": None, "tt_lora": {"rank": 4}},  # not zero at the start
 }
 CASES = [(rl, adapter) for rl in ("dpo", "kto", "grpo") for adapter in ADAPTERS]
-CASES += [(rl, adapter) for rl in ("ipo", "orpo", "simpo") for adapter in ("perft routed", "tt_lora")]
+CASES += [(rl, adapter) for rl in ("orpo", "simpo") for adapter in ("perft routed", "tt_lora")]
 FIGURES = {"router_aux_loss", "router_z_loss", "expert_entropy", "expert_max_share", "expert_used_fraction"}
 
 
@@ -93,6 +93,21 @@ class Run:
     @property
     def lines(self) -> list[dict[str, float]]:
         return log_history(self.output_dir)
+
+
+@pytest.fixture(scope="module")
+def axolotl(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AxolotlPool]:
+    """With what the trainers of TRL import, too."""
+    pool = AxolotlPool(
+        tmp_path_factory.mktemp("pool"),
+        "axolotl.core.builders",
+        "axolotl.core.trainers.grpo",
+        "trackio",
+        "trl.experimental.cpo",
+        "trl.experimental.orpo",
+    )
+    yield pool
+    pool.close()
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +137,10 @@ def write_config(folder: Path, base_model: Callable[[str], Path]) -> Callable[..
             "learning_rate": 0.01,
         }
         return write_yaml(
-            folder / f"{name}.yaml", base_model("mixtral"), rows, **settings | of_method | ADAPTERS[adapter] | keys
+            folder / f"{name}.yaml",
+            base_model("mixtral"),
+            rows,
+            **settings | of_method | ADAPTERS.get(adapter, {"adapter": adapter, "perft": None}) | keys,
         )
 
     return write
@@ -171,7 +189,7 @@ def test_the_saved_adapter_is_the_trained_one(rl: str, adapter: str, trained: Ca
     loaded = {name.replace(".default", ""): p for name, p in model.named_parameters()}
     for name, tensor in adapter_tensors(run.output_dir).items():
         assert torch.equal(loaded[name], tensor), name
-    if rl in ("dpo", "ipo", "kto"):
+    if rl in ("dpo", "kto"):
         # what the second step saw is what the first one saved
         model = load(run.base, run.output_dir / "checkpoint-1")
         assert run.lines[1]["logps/chosen"] == pytest.approx(log_probability(model, rl), abs=1e-4)  # float32, padded
@@ -237,9 +255,9 @@ def one_step(axolotl: AxolotlPool, write_config: Callable[..., Path]) -> Callabl
 def test_router_losses_have_the_gradient_of_the_policys_own_tokens(
     rl: str, mode: str, one_step: Callable[..., Any], base_model: Callable[[str], Path]
 ) -> None:
-    """References, scores and generations, two micro-batches and recomputation neither add to it nor change its size."""
+    """References, generations, two micro-batches and recomputation neither add to it nor change its size."""
     coef = 0.5
-    # up-projections are zero: without router losses a router gets no gradient, and the other layers' input is the base's
+    # up-projections are zero: without router losses a router gets no gradient, and each layer's input is the base's
     _, start = one_step(rl, "off", 0.0)
     line, tensors = one_step(rl, mode, coef)
     routers = {name: start[name].requires_grad_() for name in start if "perft_router" in name}
@@ -253,27 +271,30 @@ def test_router_losses_have_the_gradient_of_the_policys_own_tokens(
 
 def z_loss(model: PreTrainedModel, rl: str, routers: list[Tensor]) -> Tensor:
     """Mean of logsumexp(logits)^2 over all tokens of the rows and over the layers."""
+    rows = [ids for ids, _ in sequences(model, rl)]
     seen: dict[int, list[Tensor]] = {}
     for index, layer in enumerate(model.model.layers):
         layer.mlp.register_forward_pre_hook(lambda _, args, index=index: seen.setdefault(index, []).append(args[0][0]))
     with torch.no_grad():
-        for ids, _ in sequences(model, rl):
+        for ids in rows:
             model(ids)
     layers = [torch.cat(seen[index]) @ router.T for index, router in enumerate(routers)]
     return sum(logits.logsumexp(-1).square().mean() for logits in layers) / len(layers)
 
 
-def sequences(model: PreTrainedModel, rl: str) -> Iterable[tuple[Tensor, int]]:
+@torch.no_grad()
+def sequences(model: PreTrainedModel, rl: str) -> list[tuple[Tensor, int]]:
     """Token ids (1, S) of every row that is trained on, and the length of its prompt."""
-    tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+    tokenizer, found = AutoTokenizer.from_pretrained(model.name_or_path), []
     for row in METHODS[rl][0]:
         prompt = tokenizer(row["prompt"], return_tensors="pt").input_ids
         for key in ("chosen", "rejected", "completion"):
             if key in row:
                 answer = tokenizer(row[key] + tokenizer.eos_token, return_tensors="pt").input_ids
-                yield torch.cat([prompt, answer], 1), prompt.shape[1]
+                found.append((torch.cat([prompt, answer], 1), prompt.shape[1]))
         if rl == "grpo":
-            yield torch.cat([prompt, model(prompt).logits[:, -1:].argmax(-1)], 1), prompt.shape[1]
+            found.append((torch.cat([prompt, model(prompt).logits[:, -1:].argmax(-1)], 1), prompt.shape[1]))
+    return found
 
 
 @torch.no_grad()
@@ -281,7 +302,7 @@ def log_probability(model: PreTrainedModel | PeftModel, rl: str) -> float:
     """Mean over the chosen (desirable) answers of the logarithm of their probability."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     values = []
-    for ids, length in list(sequences(base, rl))[::2]:
+    for ids, length in sequences(base, rl)[::2]:
         log_probs = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
         values.append(log_probs.gather(-1, ids[0, 1:, None])[length - 1 :].sum())
     return torch.stack(values).mean().item()
@@ -333,9 +354,9 @@ def test_adapters_with_a_router_over_prompts_refuse(
     rl: str, adapter: str, axolotl: AxolotlPool, write_config: Callable[..., Path], tmp_path: Path
 ) -> None:
     block = {"experts": [{"name": "a", "path": "nowhere"}]} if adapter == "tt_lora_moe" else {}
-    keys = {"adapter": adapter, "perft": None, adapter: block, "output_dir": str(tmp_path / "out")}
-    dataset = {"expert": "a"} if adapter == "tt_lora_moe" else {}
-    config = write_config(rl, "perft routed", f"{rl} refused", **keys, datasets=[{"path": "nowhere", **dataset}])
+    dataset = {"path": "nowhere", "type": "chat_template"} | ({"expert": "a"} if block else {})
+    keys = {adapter: block, "datasets": [dataset], "output_dir": str(tmp_path / "out")}
+    config = write_config(rl, adapter, f"{rl} refused", **keys)
     result = axolotl("train", config)
     assert (result.code, result.tracebacks) == (1, 1), result.output
     assert f"`rl: {rl}` does not work with `adapter: {adapter}`" in result.error and "without labels" in result.error
