@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -138,8 +139,12 @@ class MoeBlock:
             arguments["input_ids"] = hidden_states.new_zeros(hidden_states.shape[:-1], dtype=torch.int64)
         training = called.training
         called.eval()  # no jitter: the random numbers of training stay where they were
+        # Axolotl keeps a base in 16 bits with routers in float32, which work together under autocast only
+        device, dtype = hidden_states.device.type, hidden_states.dtype
+        mixed = device != "meta" and dtype in (torch.bfloat16, torch.float16)
         try:
-            called(hidden_states, **arguments)
+            with torch.autocast(device, dtype) if mixed else nullcontext():
+                called(hidden_states, **arguments)
         except _ProbeDone:
             pass
         finally:
