@@ -98,6 +98,15 @@ _SUPERVISED_ONLY = {
     "pt_moe": "its prompt is chosen by the part of a row before the labels, and the trainers of `rl:` call the model "
     "without labels",
 }
+# Optimisers that cannot hold these adapters, by the beginning of their names, and why.
+_UNFIT_OPTIMIZERS = {
+    "muon": "it takes matrices only, and the adapter's parameters are stacks of them",
+    "dion": "it takes matrices only, and the adapter's parameters are stacks of them",
+    "galore_": "it projects the gradients of the base's own weights, which are frozen",
+    "apollo_": "it projects the gradients of the base's own weights, which are frozen",
+    "lomo": "it takes all of the model's weights, the frozen ones included",
+    "adalomo": "it takes all of the model's weights, the frozen ones included",
+}
 # Values of `rl:` for which Axolotl hands the trainer the adapter's configuration alone.
 _BUILT_BY_THE_TRAINER = ("dpo", "ipo", "kto")
 
@@ -164,6 +173,12 @@ class MoePeftArgs(BaseModel):
         for key in _MEANINGLESS:
             if data.get(key):
                 raise ValueError(f"`{key}` means nothing with `adapter: {adapter}`; remove it.")
+        for name, reason in _UNFIT_OPTIMIZERS.items():
+            if str(data.get("optimizer")).startswith(name):
+                raise ValueError(
+                    f"`optimizer: {data['optimizer']}` does not work with `adapter: {adapter}`: {reason}. Use one like "
+                    "adamw_torch, adafactor or schedule_free_adamw."
+                )
         for key in _QUANTISED_OTHERWISE:
             if data.get(key):
                 raise ValueError(

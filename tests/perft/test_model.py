@@ -53,6 +53,17 @@ def test_saved_and_loaded_logits_are_bit_equal(tmp_path, family, variant, dtype)
     assert {f.name for f in tmp_path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
 
 
+def test_routers_in_float32_beside_a_base_in_16_bits_are_probed():
+    """As Axolotl keeps them; autocast lets them work together in training."""
+    base = tiny_model("mixtral").bfloat16()
+    for layer in base.model.layers:
+        layer.mlp.gate.float()
+    model = perft(base, "embedded", base_router_aux_loss_coef=0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        model.train()(random_ids(2, 9), labels=random_ids(2, 9)).loss.backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_keys_and_shapes_are_the_documented_ones(tmp_path, variant):
     perft(tiny_model("mixtral"), variant).save_pretrained(tmp_path)
