@@ -176,8 +176,8 @@ class MoePeftArgs(BaseModel):
         for name, reason in _UNFIT_OPTIMIZERS.items():
             if str(data.get("optimizer")).startswith(name):
                 raise ValueError(
-                    f"`optimizer: {data['optimizer']}` does not work with `adapter: {adapter}`: {reason}. Use one like "
-                    "adamw_torch, adafactor or schedule_free_adamw."
+                    f"`optimizer: {data['optimizer']}` does not work with `adapter: {adapter}`: {reason}. Use one "
+                    "like adamw_torch, adafactor or schedule_free_adamw."
                 )
         for key in _QUANTISED_OTHERWISE:
             if data.get(key):
