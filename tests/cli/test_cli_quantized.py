@@ -18,6 +18,7 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from axolotl_moe_peft import TTLoraConfig
+from axolotl_moe_peft.args import CONFIGS
 from tests.cli.cli_helpers import (
     AxolotlPool,
     adapter_tensors,
@@ -246,3 +247,25 @@ def test_what_the_host_keeps_to_its_own_adapters_is_refused(
     assert (result.code, result.tracebacks) == (1, 1), result.output
     assert [f for f in fragments if f not in result.error] == [], result.error
     assert not config.with_suffix("").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.matrix("base: load_in_{bits}", "{adapter}")
+@pytest.mark.parametrize("adapter", ["perft routed", "perft embedded", "perft dense", "tt_lora"])
+@pytest.mark.parametrize("bits", BITS)
+def test_on_a_gpu_step_0_is_the_base_and_every_tensor_gets_a_gradient(bits: str, adapter: str, folder: Path) -> None:
+    keys = ADAPTERS[adapter]
+    name = keys.get("adapter", "perft")
+    base = AutoModelForCausalLM.from_pretrained(
+        folder / "base", quantization_config=BitsAndBytesConfig(**{f"load_in_{bits}": True}), device_map={"": 0}
+    )
+    ids = random_ids(2, 9).cuda()
+    with torch.autocast("cuda", torch.bfloat16):
+        of_base = base.train()(ids).logits
+        model = get_peft_model(base, CONFIGS[name](**keys[name], task_type="CAUSAL_LM")).train()
+        output = model(input_ids=ids, labels=ids)
+    assert torch.equal(output.logits, of_base)
+    output.loss.backward()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert trained and all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in trained)
+    assert any(parameter.grad.abs().sum() > 0 for parameter in trained)
