@@ -57,7 +57,8 @@ _MEANINGLESS = (
     "relora",
     "qlora_sharded_model_loading",
 )
-_QUANTISED = ("load_in_4bit", "load_in_8bit", "gptq", "quantize_moe_experts", "model_quantization_config")
+_BITS_AND_BYTES = ("load_in_4bit", "load_in_8bit")
+_QUANTISED_OTHERWISE = ("gptq", "quantize_moe_experts", "model_quantization_config")
 # What may differ between a saved adapter and the YAML that continues its training: it shapes training, not the model.
 _TRAINING_FIELDS = (
     "dropout",
@@ -97,6 +98,17 @@ _SUPERVISED_ONLY = {
     "pt_moe": "its prompt is chosen by the part of a row before the labels, and the trainers of `rl:` call the model "
     "without labels",
 }
+# Optimisers that cannot hold these adapters, by the beginning of their names, and why.
+_UNFIT_OPTIMIZERS = {
+    "muon": "it takes matrices only, and the adapter's parameters are stacks of them",
+    "dion": "it takes matrices only, and the adapter's parameters are stacks of them",
+    "galore_": "it projects the gradients of the base's own weights, which are frozen",
+    "apollo_": "it projects the gradients of the base's own weights, which are frozen",
+    "lomo": "it takes all of the model's weights, the frozen ones included",
+    "adalomo": "it takes all of the model's weights, the frozen ones included",
+}
+# Values of `rl:` for which Axolotl hands the trainer the adapter's configuration alone.
+_BUILT_BY_THE_TRAINER = ("dpo", "ipo", "kto")
 
 
 def own_fields(config_cls: type[PeftConfig]) -> dict[str, dataclasses.Field]:
@@ -161,17 +173,36 @@ class MoePeftArgs(BaseModel):
         for key in _MEANINGLESS:
             if data.get(key):
                 raise ValueError(f"`{key}` means nothing with `adapter: {adapter}`; remove it.")
-        for key in _QUANTISED:
+        for name, reason in _UNFIT_OPTIMIZERS.items():
+            if str(data.get("optimizer")).startswith(name):
+                raise ValueError(
+                    f"`optimizer: {data['optimizer']}` does not work with `adapter: {adapter}`: {reason}. Use one "
+                    "like adamw_torch, adafactor or schedule_free_adamw."
+                )
+        for key in _QUANTISED_OTHERWISE:
             if data.get(key):
                 raise ValueError(
-                    f"`{key}` does not work with `adapter: {adapter}`: Axolotl quantises the base only for its own "
-                    "lora and qlora. Remove the key and load the base in bf16."
+                    f"`{key}` does not work with `adapter: {adapter}`: it is for Axolotl's own lora and qlora, or not "
+                    "tested here. Remove the key; load the base in bf16 or with `load_in_4bit: true`."
                 )
+        for key in filter(data.get, _BITS_AND_BYTES):
+            for sharding in filter(data.get, ("fsdp", "fsdp_config", "deepspeed")):
+                raise ValueError(
+                    f"`{key}` does not work with `adapter: {adapter}` and `{sharding}`: Axolotl shards a quantised "
+                    "base for its own qlora only. Remove one of the two."
+                )
+        if all(map(data.get, _BITS_AND_BYTES)):
+            raise ValueError("`load_in_4bit` and `load_in_8bit` are both given; remove one.")
         if adapter == "tt_lora_moe" and data.get("pretraining_dataset"):
             raise ValueError("`pretraining_dataset` has no `expert:` for the router to learn; use `datasets`.")
         if data.get("rl") and adapter in _SUPERVISED_ONLY:
             raise ValueError(
                 f"`rl: {data['rl']}` does not work with `adapter: {adapter}`: {_SUPERVISED_ONLY[adapter]}."
+            )
+        if data.get("rl") in _BUILT_BY_THE_TRAINER and data.get("lora_model_dir") and not data.get("merge_lora"):
+            raise ValueError(
+                f"`lora_model_dir` with `rl: {data['rl']}`: Axolotl builds the adapter anew from its configuration "
+                "there and would ignore the saved one. Remove `lora_model_dir`."
             )
         if data.get("merge_lora") and adapter in _UNMERGEABLE:
             raise ValueError(
@@ -208,6 +239,12 @@ class MoePeftArgs(BaseModel):
                     f"{adapter}.{key} means nothing with {setting}: {getattr(block, setting)}; remove it, or use "
                     f"{setting}: {value}."
                 )
+        if (key := _loss_past_the_model(self)) and (coefs := _router_losses(adapter, config)):
+            raise ValueError(
+                f"`{key}` computes the loss past the model's own forward pass, where the router losses of "
+                f"`adapter: {adapter}` cannot act. Remove the key, or set "
+                f"{' and '.join(f'{adapter}.{coef}: 0.0' for coef in coefs)}."
+            )
         folder = getattr(self, "lora_model_dir", None)
         if folder and could_be_on_the_hub(folder):
             return self  # PEFT downloads it once the model is loaded
@@ -219,6 +256,33 @@ class MoePeftArgs(BaseModel):
                 ):
                     read_expert(expert, getattr(self, "base_model", None))
         return self
+
+    @model_validator(mode="after")
+    def _ask_for_a_quantised_base(self) -> MoePeftArgs:
+        # the host's own keyword arguments of from_pretrained; the plugin fills them in once the dtype is known
+        if getattr(self, "adapter", None) in CONFIGS and any(getattr(self, key, None) for key in _BITS_AND_BYTES):
+            given = self.overrides_of_model_kwargs or {}
+            self.overrides_of_model_kwargs = {**given, "quantization_config": {}}
+        return self
+
+
+def _loss_past_the_model(args: Any) -> str | None:
+    """The key with which a trainer of `rl:` calls the decoder and Liger's loss instead of the model."""
+    if getattr(args, "rl", None) is None:
+        return None
+    if getattr(args, "dpo_use_liger_kernel", None):
+        return "dpo_use_liger_kernel"
+    return "trl.use_liger_loss" if getattr(getattr(args, "trl", None), "use_liger_loss", None) else None
+
+
+def _router_losses(adapter: str, config: PeftConfig) -> list[str]:
+    """The keys of the router losses that act."""
+    idle = {key for key, setting, value in _COUNTS_ONLY_WITH[adapter] if getattr(config, setting) != value}
+    return [
+        key
+        for key in own_fields(type(config))
+        if key.endswith("_loss_coef") and key not in idle and getattr(config, key)
+    ]
 
 
 def check_datasets(data: Mapping[str, Any]) -> None:

@@ -146,8 +146,8 @@ class AuxiliaryLosses:
     """Follows a model's forward passes on behalf of the adapter layers that share this object.
 
     Attributes:
-        current: the pass that runs, or whose backward runs; None outside training.
-        statistics: what the layers recorded of the passes in training mode.
+        current: the pass that runs, or whose backward runs; None outside training and without gradients.
+        statistics: what the layers recorded of those passes.
         loss_scale: the scale where the loss is computed outside the model (no `labels` in the call), which cannot be
             read off: the factor that the loss of one forward pass has in the objective.
     """
@@ -167,7 +167,7 @@ class AuxiliaryLosses:
             handle.remove()
 
     def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if not model.training:
+        if not (model.training and torch.is_grad_enabled()):  # RL trainers generate, and score, in training mode
             self.current = None
             return
         batch = dict(zip(inspect.signature(model.forward).parameters, args)) | kwargs

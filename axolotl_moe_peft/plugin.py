@@ -75,6 +75,9 @@ class MoePeftPlugin(BasePlugin):
 
     def pre_model_load(self, cfg: DictDefault) -> None:
         _check_base_model(cfg)
+        if cfg.adapter in CONFIGS and (cfg.load_in_4bit or cfg.load_in_8bit):
+            # Axolotl's loader, which quantises for its own adapters only, already holds this dict
+            cfg.overrides_of_model_kwargs["quantization_config"].update(_quantization(cfg))
 
     def load_adapter(
         self, model: PreTrainedModel, cfg: DictDefault, inference: bool = False, config_only: bool = False
@@ -83,11 +86,6 @@ class MoePeftPlugin(BasePlugin):
             return None
         config = _peft_config(cfg)
         if config_only:
-            if cfg.lora_model_dir:
-                raise ValueError(
-                    f"`lora_model_dir` with `rl: {cfg.rl.value}`: Axolotl builds the adapter anew from its "
-                    "configuration there and would ignore the saved one. Remove `lora_model_dir`."
-                )
             return None, config
         kwargs = {}
         if cfg.peft_autocast_adapter_dtype is not None:
@@ -111,6 +109,8 @@ class MoePeftPlugin(BasePlugin):
             return []
         if cfg.adapter == "tt_lora_moe":
             _collate_expert_labels(trainer)
+        if cfg.rl and "ref" in trainer.model.peft_config:
+            _copy_into_reference(trainer.model)
         return [AdapterCallback(cfg, trainer)]
 
 
@@ -129,9 +129,16 @@ class AdapterCallback(TrainerCallback):
         self.fresh = False
         if not self.trainer.is_deepspeed_enabled:  # DeepSpeed's optimiser holds flat copies
             _check_optimizer(kwargs["model"], kwargs["optimizer"])
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         auxiliary = getattr(self._tuner(kwargs["model"]), "auxiliary", None)
         if self.cfg.rl and auxiliary is not None:  # these trainers compute the loss outside the model
-            auxiliary.loss_scale = 1 / args.gradient_accumulation_steps
+            scaler = self.trainer.accelerator.scaler
+            loss_scale = 1.0 if scaler is None else scaler.get_scale()
+            # fewer than args.gradient_accumulation_steps at the end of an epoch
+            auxiliary.loss_scale = loss_scale / self.trainer.current_gradient_accumulation_steps
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -162,11 +169,15 @@ class AdapterCallback(TrainerCallback):
     def _store(self, tuner: BaseTuner, mode: Literal["train", "eval"]) -> None:
         """Put what the tuner has recorded since the last time on the host's next log line."""
         statistics = getattr(tuner, {"train": "statistics", "eval": "eval_statistics"}[mode], None)
-        if statistics is None or not hasattr(self.trainer, "store_metrics"):
+        if statistics is None:
             return
         figures = statistics.pop(lambda tensor: self.trainer.accelerator.reduce(tensor, "sum"))
-        prefix = "eval_" if mode == "eval" else ""
-        self.trainer.store_metrics({f"{prefix}{name}": value for name, value in figures.items()}, train_eval=mode)
+        if hasattr(self.trainer, "store_metrics"):
+            prefix = "eval_" if mode == "eval" else ""
+            self.trainer.store_metrics({f"{prefix}{name}": value for name, value in figures.items()}, train_eval=mode)
+        else:  # TRL's: lists, averaged for the log line
+            for name, value in figures.items():
+                self.trainer._metrics[mode][name].append(value)
 
 
 def _peft_config(cfg: DictDefault) -> PeftConfig:
@@ -202,6 +213,22 @@ def _check_base_model(cfg: DictDefault) -> None:
             get_peft_model(model, config)
 
 
+def _quantization(cfg: DictDefault) -> dict[str, Any]:
+    """What `load_in_4bit` or `load_in_8bit` mean for bitsandbytes, as with `adapter: qlora` and `adapter: lora`."""
+    settings: dict[str, Any] = {"load_in_8bit": True}
+    if cfg.load_in_4bit:
+        settings = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": cfg.torch_dtype,
+            **(cfg.bnb_config_kwargs or {}),
+        }
+    # these families' code reads the weights of some linear layers
+    skipped = {"jamba": ["mamba"], "falcon_h1": ["out_proj"]}.get(cfg.model_config_type)
+    return settings | ({"llm_int8_skip_modules": skipped} if skipped else {})
+
+
 def _check_room_for_the_prompt(cfg: DictDefault, model: PreTrainedModel, config: PTMoeConfig) -> None:
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if most is not None and cfg.sequence_len + config.num_virtual_tokens > most:
@@ -235,6 +262,13 @@ def _collate_expert_labels(trainer: Trainer) -> None:
     # else the host drops the column of rows that it does not pack
     trainer._set_signature_columns_if_needed()
     trainer._signature_columns.append(COLUMN)
+
+
+def _copy_into_reference(model: PeftModel) -> None:
+    """Make TRL's frozen reference a copy of the adapter; TRL copies only parameters of modules named after it."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(".default"):
+            model.get_parameter(f"{name.removesuffix('default')}ref").data.copy_(parameter.data)
 
 
 def _log_what_is_trained(model: PeftModel, cfg: DictDefault) -> None:

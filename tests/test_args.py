@@ -70,7 +70,7 @@ MEANINGLESS = {
     "peft_trainable_token_indices": [1],
     "relora": True,
 }
-QUANTISED = ("load_in_4bit", "load_in_8bit", "gptq")
+QUANTISED_OTHERWISE = ("gptq",)
 # blocks with a value out of range or of the wrong kind, and the key that the message must name
 WRONG_VALUES: dict[str, list[dict[str, Any]]] = {
     "num_experts": [{"num_experts": 0}, {"num_experts": 2.5}, {"num_experts": "many"}],
@@ -247,8 +247,8 @@ def test_lora_keys_without_a_counterpart_are_refused(key: str, load: Load) -> No
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
-@pytest.mark.parametrize("key", QUANTISED)
-def test_quantised_bases_are_refused(key: str, adapter: str, load: Load) -> None:
+@pytest.mark.parametrize("key", QUANTISED_OTHERWISE)
+def test_other_quantisation_than_by_bitsandbytes_is_refused(key: str, adapter: str, load: Load) -> None:
     with pytest.raises(ValueError, match=f"`{key}` does not work with `adapter: {adapter}`"):
         load(**keys_of(adapter, {}), **{key: True})
 
@@ -374,9 +374,27 @@ def test_lora_model_dir_may_differ_in_what_shapes_training(load: Load, tmp_path:
     assert cfg.perft.dropout == 0.1
 
 
-def test_preference_trainers_refuse_lora_model_dir(load: Load, tmp_path: Path) -> None:
-    PerftConfig().save_pretrained(tmp_path / "adapter")
-    (tmp_path / "adapter" / "adapter_model.safetensors").touch()
-    cfg = load(rl="dpo", lora_model_dir=str(tmp_path / "adapter"))
-    with pytest.raises(ValueError, match="`lora_model_dir` with `rl: dpo`.*Remove `lora_model_dir`"):
-        adapter_config(cfg)
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("rl", ["dpo", "ipo", "kto"])
+def test_preference_trainers_refuse_lora_model_dir(rl: str, adapter: str, load: Load, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"`lora_model_dir` with `rl: {rl}`.*Remove `lora_model_dir`"):
+        load(**keys_of(adapter, {}), rl=rl, lora_model_dir=str(tmp_path), remove_unused_columns=False)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"rl": "dpo", "dpo_use_liger_kernel": True},
+        {"rl": "grpo", "trl": {"use_liger_loss": True, "num_generations": 2}, "micro_batch_size": 2},
+    ],
+    ids=["dpo", "grpo"],
+)
+def test_liger_losses_of_rl_are_refused_where_router_losses_act(keys: dict[str, Any], load: Load) -> None:
+    key = "dpo_use_liger_kernel" if "dpo_use_liger_kernel" in keys else "trl.use_liger_loss"
+    with pytest.raises(ValueError, match=f"`{key}` computes .* set perft.router_aux_loss_coef: 0.0\\."):
+        load(**keys)
+    with pytest.raises(ValueError, match=f"`{key}` .* 0.0 and perft.router_z_loss_coef: 0.0\\."):
+        load(**keys, perft={"router_z_loss_coef": 0.1})
+    for block in ({"router_aux_loss_coef": 0.0}, {"variant": "dense"}):
+        assert load(**keys, perft=block).rl
+    assert load(**keys, **keys_of("tt_lora", {})).rl

@@ -22,6 +22,7 @@ from .factors import Factors
 # less than a tenth. Both matrices are kept as (R, ...): as (..., R) their gradients took a CPU twice the time at 5.
 RANK_MULTIPLE = 16
 _NORM_EPS = 1e-6  # the authors'
+_WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class _Matrices(NamedTuple):
@@ -144,8 +145,20 @@ class TTLoraLinear(nn.Module, TunerLayer):
         """What the adapter adds to the base layer's weight, in its layout and dtype."""
         return self._delta_weight(adapter).to(self.weight.dtype)
 
+    def check_mergeable(self) -> None:
+        """Raise a ValueError if the base layer's weight is quantised."""
+        shape = (self.out_features, self.in_features)
+        if isinstance(self.get_base_layer(), Conv1D):
+            shape = shape[::-1]
+        if self.weight.dtype not in _WEIGHT_DTYPES or self.weight.shape != shape:
+            raise ValueError(
+                f"a TT-LoRA cannot be merged into a quantised {type(self.get_base_layer()).__name__}, whose weight "
+                "would have to be rounded again. Load the base model in bf16 to merge; `axolotl merge-lora` does."
+            )
+
     @torch.no_grad()
     def _delta_weight(self, adapter_name: str) -> Tensor:
+        self.check_mergeable()
         down_RI, up_RO = build_matrices(*self.cores(adapter_name), self.tt_config[adapter_name].alpha)
         delta_OI = up_RO.T @ down_RI
         return delta_OI.T if isinstance(self.get_base_layer(), Conv1D) else delta_OI

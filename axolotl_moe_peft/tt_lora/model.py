@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
@@ -14,8 +13,6 @@ from ..tuner import Tuner
 from .config import TTLoraConfig
 from .factors import Factors, auto_factors, check_product
 from .layer import TTLoraLinear, linear_shape
-
-_WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class TTLoraModel(Tuner):
@@ -73,6 +70,12 @@ class TTLoraModel(Tuner):
             self._replace_module(parent, target_name, layer, target)
         factors = factors_of(current_key, layer.get_base_layer(), peft_config)
         layer.update_layer(adapter_name, peft_config, factors)
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        for layer in self.model.modules():  # all of them before any is merged
+            if isinstance(layer, TTLoraLinear):
+                layer.check_mergeable()
 
     def parameter_rows(self, adapter_name: str = "default") -> list[ParameterRow]:
         """What is trainable in the model, by part: the adapter's cores, and anything else (nothing)."""
@@ -133,13 +136,8 @@ def factors_of(name: str, layer: nn.Module, config: TTLoraConfig) -> Factors:
     """The factors that `config` gives the linear layer of this name.
 
     Raises:
-        ValueError: given factors do not multiply to its shape, or it is quantised.
+        ValueError: given factors do not multiply to its shape.
     """
-    if layer.weight.dtype not in _WEIGHT_DTYPES:
-        raise ValueError(
-            f"tt_lora.target_modules: {name} is quantised ({layer.weight.dtype}), which is not supported. Load the "
-            "base model in bf16."
-        )
     in_features, out_features = linear_shape(layer)
     keys = [key for key in config.factors if _has_suffix(name, key)] if isinstance(config.factors, dict) else []
     if not keys:

@@ -29,9 +29,11 @@ _CPU_ONLY = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
 # Where the pool runs many commands, the imports of the real command (10 s) are done once: it imports what
 # `axolotl train`, `evaluate` and `merge-lora` import before they load a plugin, and forks for each command.
 _POOL = """
-import gc, json, os, sys
+import gc, importlib, json, os, sys
 import axolotl.cli.main, axolotl.cli.config, axolotl.cli.evaluate, axolotl.cli.merge_lora, axolotl.cli.train
 import axolotl.common.datasets, axolotl.train
+for module in sys.argv[2:]:
+    importlib.import_module(module)
 gc.freeze()
 for line in sys.stdin:
     arguments, stdin, log = json.loads(line)
@@ -82,13 +84,19 @@ def run_command(*command: str) -> Result:
 
 
 class AxolotlPool:
-    """Runs `axolotl ...` in a new process each time, without paying for the imports each time."""
+    """Runs `axolotl ...` in a new process each time, without paying for the imports each time.
 
-    def __init__(self, folder: Path, **environment: str) -> None:
+    Args:
+        folder: for its files.
+        modules: imported, too, where every command of the pool needs them.
+        environment: variables of the commands.
+    """
+
+    def __init__(self, folder: Path, *modules: str, **environment: str) -> None:
         self._stdin, self._log = folder / "stdin", folder / "log"
         self._exit_codes, write_end = os.pipe()
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _POOL, str(write_end)],
+            [sys.executable, "-c", _POOL, str(write_end), *modules],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -204,3 +212,12 @@ def checksums(folder: Path) -> dict[str, str]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != "debug.log"
     }
+
+
+def lines_to_worry_about(output: str) -> list[str]:
+    """Warnings and errors that name us."""
+    return [
+        line
+        for line in output.splitlines()
+        if re.search(r"warn|error", line, re.I) and re.search("perft|tt_lora|axolotl_moe_peft", line)
+    ]

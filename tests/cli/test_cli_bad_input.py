@@ -60,8 +60,6 @@ REFUSED_BLOCKS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     ),
     "block without an adapter": ({"adapter": None}, ("`perft:`", "`adapter: perft`")),
     "no block": ({"perft": None}, ("needs a `perft:` block", "`perft: {}`")),
-    "4 bit": ({"load_in_4bit": True}, ("`load_in_4bit`", "Remove the key", "bf16")),
-    "8 bit": ({"load_in_8bit": True}, ("`load_in_8bit`", "Remove the key", "bf16")),
     "tt_lora, misspelt key": (tt_lora(rnk=8), ("tt_lora.rnk", "rank")),
     "tt_lora, rank 0": (tt_lora(rank=0), ("tt_lora.rank", "at least 1")),
     "tt_lora, unknown init": (tt_lora(init="paper"), ("tt_lora.init", "paper", "'normalized' or 'zero'")),
@@ -73,7 +71,6 @@ REFUSED_BLOCKS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         tt_lora() | {"lora_r": 8},
         ("`lora_r`", "write `rank` in the `tt_lora:` block"),
     ),
-    "tt_lora, 4 bit": (tt_lora() | {"load_in_4bit": True}, ("`load_in_4bit`", "Remove the key", "bf16")),
     "tt_lora, perft's block": (tt_lora() | {"perft": {"rank": 4}}, ("`perft:`", "'tt_lora'", "remove the block")),
 }
 REFUSED_WITH_THE_BASE: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {

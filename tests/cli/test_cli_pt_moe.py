@@ -305,7 +305,6 @@ REFUSED: dict[str, tuple[Callable[[Path], dict[str, Any]], tuple[str, ...]]] = {
         lambda f: {"lora_target_modules": ["q_proj"]},
         ("`lora_target_modules` means nothing with `adapter: pt_moe`; remove it",),
     ),
-    "4 bit": (lambda f: {"load_in_4bit": True}, ("`load_in_4bit`", "Remove the key", "bf16")),
     "misspelt key": (
         lambda f: {"pt_moe": {"num_virtual_token": 8}},
         ("pt_moe.num_virtual_token", "did you mean `num_virtual_tokens`?"),

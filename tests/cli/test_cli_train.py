@@ -2,7 +2,6 @@
 
 import csv
 import functools
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from tests.cli.cli_helpers import (
     Result,
     adapter_tensors,
     checksums,
+    lines_to_worry_about,
     log_history,
     run_command,
     save_tokenizer,
@@ -138,14 +138,6 @@ def trained(
         return Run(base, config, config.with_suffix(""), result.output, before)
 
     return train
-
-
-def lines_to_worry_about(output: str) -> list[str]:
-    return [
-        line
-        for line in output.splitlines()
-        if re.search(r"warn|error", line, re.I) and re.search("perft|tt_lora|axolotl_moe_peft", line)
-    ]
 
 
 def test_preprocess_prepares_the_rows_that_training_reads(

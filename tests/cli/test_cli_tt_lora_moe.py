@@ -314,7 +314,6 @@ REFUSED: dict[str, tuple[Callable[[Path], dict[str, Any]], tuple[str, ...]]] = {
         ("`pretraining_dataset`", "leaves no prompts", "Use `datasets`"),
     ),
     "lora_r": (lambda f: {"lora_r": 8}, ("`lora_r` means nothing with `adapter: tt_lora_moe`",)),
-    "4 bit": (lambda f: {"load_in_4bit": True}, ("`load_in_4bit`", "bf16")),
 }
 
 

@@ -7,9 +7,7 @@ import json
 import math
 
 import pytest
-import torch
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model
-from torch import nn
 
 from axolotl_moe_peft import TTLoraConfig
 from axolotl_moe_peft.tt_lora.factors import Factors, auto_factors
@@ -156,13 +154,6 @@ def test_targets_that_are_no_linear_layer_are_refused_beside_what_there_is(famil
     assert message.startswith("tt_lora.target_modules: ") and named in message
     assert ("c_attn, c_fc, c_proj, lm_head" if family == "gpt2" else "k_proj, lm_head, ") in message
     assert [n for n, _ in base.named_modules()] == [n for n, _ in tiny_model(family).named_modules()]  # left as it was
-
-
-def test_a_quantised_layer_is_refused():
-    base = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-    base[1].weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.uint8), requires_grad=False)
-    with pytest.raises(ValueError, match=r"1 is quantised \(torch.uint8\), which is not supported"):
-        get_peft_model(base, TTLoraConfig(target_modules=["0", "1"]))
 
 
 # ------------------------------------------------------------------------------------------------------------- factors
