@@ -114,28 +114,12 @@ def one_process(
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("adapter", BLOCKS)
 def test_two_processes_log_and_save_what_one_does(
-    adapter: str, mode: str, folder: Path, base_model: Callable[[str], Path], one_process: Callable[[str], Any]
+    axolotl: AxolotlPool, adapter: str, mode: str, folder: Path, base_model: Callable[[str], Path], one_process: Callable[[str], Any]
 ) -> None:
     lines, tensors = one_process(adapter)
     config = write_config(adapter, mode, folder, base_model("mixtral"), micro_batch_size=2, **MODES[mode])
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node=2",
-            "-m",
-            "axolotl.cli.train",
-            str(config),
-        ],
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout
+    done = axolotl("train", config, processes=2, timeout=120)
+    assert done.code == 0, done.output
     found = log_history(config.with_suffix(""))
     assert len(found) == len(lines) == STEPS
     for line, expected in zip(found, lines):
