@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import warnings
+from pathlib import Path
 from typing import Any, Literal
 
 from .versions import check_version
@@ -19,6 +20,8 @@ from axolotl.utils.logging import get_logger  # noqa: E402
 from peft import PeftConfig, PeftModel, get_peft_model  # noqa: E402
 from peft.tuners.tuners_utils import BaseTuner  # noqa: E402
 from safetensors import SafetensorError  # noqa: E402
+from torch import Tensor  # noqa: E402
+from torch.distributed.tensor import DTensor  # noqa: E402
 from transformers import (  # noqa: E402
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
@@ -29,7 +32,7 @@ from transformers import (  # noqa: E402
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import has_length  # noqa: E402
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length  # noqa: E402
 
 from .args import (  # noqa: E402
     CONFIGS,
@@ -111,6 +114,8 @@ class MoePeftPlugin(BasePlugin):
             return []
         if cfg.adapter == "tt_lora_moe":
             _collate_expert_labels(trainer)
+        if trainer.accelerator.is_fsdp2:
+            _shard_checkpoints(cfg, trainer)
         return [AdapterCallback(cfg, trainer)]
 
 
@@ -138,6 +143,14 @@ class AdapterCallback(TrainerCallback):
     ) -> None:
         if control.should_log:
             self._store(self._tuner(kwargs["model"]), "train")
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        accelerator = self.trainer.accelerator
+        if accelerator.is_fsdp2:  # else the host has saved it
+            tensors = _whole_adapter(kwargs["model"], accelerator.device)
+            if accelerator.is_main_process:
+                folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+                kwargs["model"].save_pretrained(folder, state_dict=tensors)
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -235,6 +248,28 @@ def _collate_expert_labels(trainer: Trainer) -> None:
     # else the host drops the column of rows that it does not pack
     trainer._set_signature_columns_if_needed()
     trainer._signature_columns.append(COLUMN)
+
+
+def _shard_checkpoints(cfg: DictDefault, trainer: Trainer) -> None:
+    """Save what every process holds: at the end the whole adapter, in checkpoints each process's part.
+
+    Of an adapter a checkpoint with a FULL_STATE_DICT has the first process's part alone (accelerate#4206), and from
+    checkpoints with a SHARDED_STATE_DICT the host would make the final adapter, rounded to bf16.
+    """
+    fsdp = trainer.accelerator.state.fsdp_plugin
+    fsdp.state_dict_config = fsdp.optim_state_dict_config = None  # those of the other type
+    fsdp.set_state_dict_type("SHARDED_STATE_DICT")
+    cfg.fsdp_config.final_state_dict_type = "FULL_STATE_DICT"
+    LOG.info("checkpoints have the adapter twice: whole, and for resuming as a SHARDED_STATE_DICT")
+
+
+def _whole_adapter(model: PeftModel, device: torch.device) -> dict[str, Tensor]:
+    """The adapter's tensors by their names in the model, gathered from the processes of FSDP2; each must call."""
+    return {
+        name: (tensor.to(device).full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+        for name, tensor in model.state_dict().items()
+        if model.base_model.prefix in name
+    }
 
 
 def _log_what_is_trained(model: PeftModel, cfg: DictDefault) -> None:
