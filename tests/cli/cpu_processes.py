@@ -40,5 +40,8 @@ class CpuProcesses(BasePlugin):
         ParallelismConfig.build_device_mesh = _cpu_device_mesh
         AcceleratorState.__init__ = _init_with_fsdp
 
+    def get_training_args(self, cfg: DictDefault) -> dict[str, Any]:
+        return {"use_cpu": True}  # else bf16 needs a GPU
+
     def load_datasets(self, cfg: DictDefault, preprocess: bool = False) -> None:
         cfg.device_map = None

@@ -1,73 +1,118 @@
-"""One process equals two, with DDP and with FSDP2: the log, and the adapter that is saved.
+"""One process equals two, with DDP and with FSDP2: the log, and the adapter that is saved, resumed and started from.
 
-On CPUs by gloo, with the patches of cpu_processes.py. The coefficient of the balance loss, which is not linear in the
-batch, is 0. Every run starts from a saved adapter: under FSDP2 each process would keep its own part of a random start.
+On CPUs by gloo, with the patches of cpu_processes.py. Where two processes split one batch, the coefficient of the
+balance loss, which is not linear in the batch, is 0. Runs that train start from a saved adapter whose parameters all
+have gradients, and step with Adam with so large an epsilon that a step shows the gradient's size.
 """
 
 from __future__ import annotations
 
 import functools
-import os
-import subprocess
-import sys
+import json
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, set_seed
 
 from axolotl_moe_peft import TTLoraConfig
 from axolotl_moe_peft.args import CONFIGS
-from tests.cli.cli_helpers import AxolotlPool, adapter_tensors, log_history, write_rows, write_yaml
+from tests.cli.cli_helpers import (
+    CPU_PROCESSES,
+    AxolotlPool,
+    adapter_tensors,
+    log_history,
+    run_command,
+    write_rows,
+    write_yaml,
+)
 
 ROOT = Path(__file__).parents[2]
 STEPS = 3
-PERFT = {"rank": 4, "router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.1}
+HANGS = 120  # s; a run takes 5
+SEED = 42
+SHIM, PLUGIN = "tests.cli.cpu_processes.CpuProcesses", "axolotl_moe_peft.MoePeftPlugin"
 BLOCKS: dict[str, dict[str, Any]] = {
-    "perft": PERFT,
+    "lora": {"lora_r": 4, "lora_alpha": 8, "lora_target_modules": ["q_proj", "v_proj"]},
+    "perft": {"rank": 4, "num_experts": 8, "router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.1},
+    "perft embedded": {"variant": "embedded", "rank": 4},
+    "perft dense": {"variant": "dense", "num_experts": 2, "rank": 4},
     "tt_lora": {"rank": 4},
     "tt_lora_moe": {"router_noise": False},  # each process draws its own noise
     "pt_moe": {"num_virtual_tokens": 4, "rank": 3, "router_noise_std": 0.0},
 }
+OURS = [adapter for adapter in BLOCKS if adapter != "lora"]
 FSDP2 = {
-    "fsdp_version": 2,
-    "fsdp_config": {
-        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-        "transformer_layer_cls_to_wrap": "MixtralDecoderLayer",
-        "state_dict_type": "FULL_STATE_DICT",
-        "cpu_ram_efficient_loading": False,
-        "reshard_after_forward": True,
-        "offload_params": False,
-    },
+    "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+    "transformer_layer_cls_to_wrap": "MixtralDecoderLayer",
+    "reshard_after_forward": True,
+    "offload_params": False,
 }
-MODES: dict[str, dict[str, Any]] = {"ddp": {}, "fsdp2": FSDP2}
+
+
+def _fsdp2(state_dict_type: str, cpu_ram_efficient_loading: bool) -> dict[str, Any]:
+    settings = {"state_dict_type": state_dict_type, "cpu_ram_efficient_loading": cpu_ram_efficient_loading}
+    return {"fsdp_version": 2, "fsdp_config": FSDP2 | settings}
+
+
+MODES: dict[str, dict[str, Any]] = {
+    "DDP": {},
+    "FSDP2 full state dict": _fsdp2("FULL_STATE_DICT", False),
+    "FSDP2 sharded state dict": _fsdp2("SHARDED_STATE_DICT", False),
+    "FSDP2 cpu_ram_efficient_loading": _fsdp2("FULL_STATE_DICT", True),
+}
+
+
+@dataclass
+class Run:
+    """A finished training run."""
+
+    folder: Path
+
+    @property
+    def lines(self) -> list[dict[str, float]]:
+        return log_history(self.folder)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return adapter_tensors(self.folder)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, base_model: Callable[[str], Path]) -> Path:
     """Rows with equally many tokens, experts, and for every adapter one to start from."""
     folder = tmp_path_factory.mktemp("processes")
-    write_rows(
-        folder / "rows.jsonl", [(f"what is {i}?", answer) for i, answer in enumerate(("one", "two", "six", "ten"))]
-    )
+    answers = ("one", "two", "six", "ten")
+    write_rows(folder / "rows.jsonl", [(f"what is {i}?", answer) for i, answer in enumerate(answers)])
     for number, name in enumerate(("a", "b")):
         torch.manual_seed(number)
         base = AutoModelForCausalLM.from_pretrained(base_model("mixtral"))
         get_peft_model(base, TTLoraConfig(rank=4, alpha=400, task_type="CAUSAL_LM")).save_pretrained(folder / name)
     for adapter in BLOCKS:
         torch.manual_seed(3)
-        config = CONFIGS[adapter](**block_of(adapter, folder), task_type="CAUSAL_LM")
-        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_model("mixtral")), config)
+        base = AutoModelForCausalLM.from_pretrained(base_model("mixtral"))
+        model = get_peft_model(base, config_of(adapter, folder))
         with torch.no_grad():  # away from zeros, behind which gradients are 0
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.add_(torch.randn_like(parameter), alpha=0.05)
-        model.save_pretrained(folder / f"{adapter}_start")
+        model.save_pretrained(folder / f"{adapter} start")
     return folder
+
+
+def config_of(adapter: str, folder: Path) -> PeftConfig:
+    block = block_of(adapter, folder)
+    if adapter == "lora":
+        config = LoraConfig(**{key.removeprefix("lora_").replace("alpha", "lora_alpha"): block[key] for key in block})
+        config.task_type = "CAUSAL_LM"
+        return config
+    return CONFIGS[adapter.partition(" ")[0]](**block, task_type="CAUSAL_LM")
 
 
 def block_of(adapter: str, folder: Path) -> dict[str, Any]:
@@ -75,60 +120,81 @@ def block_of(adapter: str, folder: Path) -> dict[str, Any]:
     return BLOCKS[adapter] | ({"experts": experts} if adapter == "tt_lora_moe" else {})
 
 
-def write_config(adapter: str, mode: str, folder: Path, base: Path, **keys: Any) -> Path:
-    rows = folder / "rows.jsonl"
+@pytest.fixture(scope="module")
+def train(axolotl: AxolotlPool, folder: Path, base_model: Callable[[str], Path]) -> Callable[..., Run]:
+    """`train(adapter, mode, name, **keys)`: a run with 4 rows in a batch, in one process if the mode is None."""
+
+    def run(adapter: str, mode: str | None, name: str = "", *, block: dict[str, Any] | None = None, **keys: Any) -> Run:
+        config = write_config(adapter, mode, folder, base_model("mixtral"), name, block, **keys)
+        result = axolotl("train", config, processes=mode and 2, timeout=HANGS)
+        assert result.code == 0, result.output
+        return Run(config.with_suffix(""))
+
+    return run
+
+
+def write_config(
+    adapter: str, mode: str | None, folder: Path, base: Path, name: str, block: dict[str, Any] | None, **keys: Any
+) -> Path:
+    key, rows = adapter.partition(" ")[0], folder / "rows.jsonl"
+    block = block_of(adapter, folder) | (block or {})
     expert = {"expert": "a"} if adapter == "tt_lora_moe" else {}
     settings = {
-        "plugins": ["tests.cli.cpu_processes.CpuProcesses", "axolotl_moe_peft.MoePeftPlugin"],
-        "adapter": adapter,
+        "plugins": [SHIM] * (mode is not None) + [PLUGIN] * (adapter != "lora"),
+        "adapter": key,
         "perft": None,
-        adapter: block_of(adapter, folder),
-        "lora_model_dir": str(folder / f"{adapter}_start"),
+        **(block if adapter == "lora" else {key: block}),
+        "lora_model_dir": str(folder / f"{adapter} start"),
         "datasets": [{"path": str(rows), "type": "chat_template", **expert}],
         "gradient_checkpointing": True,
-        "optimizer": "sgd",  # its steps show a gradient's size
-        "learning_rate": 0.1,
+        "adam_epsilon": 1.0,
         "max_grad_norm": 0.0,
         "max_steps": STEPS,
-        "save_steps": STEPS,
+        "save_steps": 1,
+        "micro_batch_size": 2 if mode else 4,
+        "seed": SEED,
+        **MODES.get(mode, {}),
     }
-    return write_yaml(folder / f"{adapter}_{mode}.yaml", base, rows, **settings | keys)
+    return write_yaml(folder / f"{adapter} {mode} {name}.yaml", base, rows, **settings | keys)
 
 
 @pytest.fixture(scope="module")
-def one_process(
-    axolotl: AxolotlPool, folder: Path, base_model: Callable[[str], Path]
-) -> Callable[[str], tuple[list[dict[str, float]], dict[str, Tensor]]]:
-    @functools.cache
-    def train(adapter: str) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
-        # without the patches: they are for several processes
-        keys = {"plugins": ["axolotl_moe_peft.MoePeftPlugin"], "micro_batch_size": 4}
-        config = write_config(adapter, "one", folder, base_model("mixtral"), **keys)
-        result = axolotl("train", config)
-        assert result.code == 0, result.output
-        return log_history(config.with_suffix("")), adapter_tensors(config.with_suffix(""))
-
-    return train
+def trained(train: Callable[..., Run]) -> Callable[[str, str | None], Run]:
+    """`trained(adapter, mode)`: the run without further settings."""
+    return functools.cache(train)
 
 
+def assert_same(run: Run, expected: Run, rel: float = 1e-3, steps: slice = slice(None)) -> None:
+    lines = expected.lines[steps]
+    assert len(run.lines) == len(expected.lines)
+    for line, expected_line in zip(run.lines[steps], lines):
+        for key in ("loss", "grad_norm", *(key for key in expected_line if key.startswith(("router_", "expert_")))):
+            # the host rounds what it logs; float32 sums in another order
+            assert line[key] == pytest.approx(expected_line[key], rel=rel, abs=1e-4), key
+    tensors, found = expected.tensors, run.tensors
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def frozen(name: str) -> bool:
+    return "ttmoe_cores" in name
+
+
+@pytest.mark.matrix("processes: 2, {mode}", "{adapter}")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("adapter", BLOCKS)
 def test_two_processes_log_and_save_what_one_does(
-    axolotl: AxolotlPool, adapter: str, mode: str, folder: Path, base_model: Callable[[str], Path], one_process: Callable[[str], Any]
+    adapter: str, mode: str, trained: Callable[[str, str | None], Run], folder: Path
 ) -> None:
-    lines, tensors = one_process(adapter)
-    config = write_config(adapter, mode, folder, base_model("mixtral"), micro_batch_size=2, **MODES[mode])
-    done = axolotl("train", config, processes=2, timeout=120)
-    assert done.code == 0, done.output
-    found = log_history(config.with_suffix(""))
-    assert len(found) == len(lines) == STEPS
-    for line, expected in zip(found, lines):
-        # the host rounds what it logs; float32 sums in another order
-        for key in ("loss", "grad_norm", *(key for key in expected if key.startswith(("router_", "expert_")))):
-            assert line[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-4), key
-    saved, start = adapter_tensors(config.with_suffix("")), adapter_tensors(folder / f"{adapter}_start")
-    assert saved.keys() == tensors.keys() == start.keys()
-    for name, tensor in tensors.items():
-        torch.testing.assert_close(saved[name], tensor, atol=1e-5, rtol=1e-4, msg=name)
-        if "ttmoe_cores" not in name:  # frozen
-            assert not torch.equal(tensor, start[name]), name
+    one, two = trained(adapter, None), trained(adapter, mode)
+    assert len(one.lines) == STEPS
+    assert_same(two, one)
+    start, saved = adapter_tensors(folder / f"{adapter} start"), two.tensors
+    assert saved.keys() == start.keys()
+    for name, tensor in saved.items():
+        assert tensor.dtype == start[name].dtype
+        assert frozen(name) == torch.equal(tensor, start[name]), name
+    if adapter != "lora" or mode == "DDP":
+        for name, tensor in adapter_tensors(two.folder / f"checkpoint-{STEPS}").items():
+            assert torch.equal(tensor, saved[name]), name
