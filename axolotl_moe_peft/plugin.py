@@ -31,6 +31,7 @@ from transformers import (  # noqa: E402
     TrainerControl,
     TrainerState,
     TrainingArguments,
+    set_seed,
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length  # noqa: E402
 
@@ -105,6 +106,7 @@ class MoePeftPlugin(BasePlugin):
                 raise ValueError(f"lora_model_dir: {cfg.lora_model_dir!r} cannot be loaded: {error}") from None
             _add_experts(model, config)
         else:
+            set_seed(cfg.seed)  # not yet the host's; and under FSDP2 each process keeps its part of its own start
             model = get_peft_model(model, config, **kwargs)
         _log_what_is_trained(model, cfg)
         return model, config
