@@ -93,11 +93,11 @@ class Result:
         return found[0] if found else ""
 
 
-def run_command(*command: str) -> Result:
-    """Run a command as a user would."""
+def run_command(*command: str, **environment: str) -> Result:
+    """Run a command as a user would, with `environment` added to that of the tests."""
     done = subprocess.run(
         command,
-        env=_CPU_ONLY,
+        env=_CPU_ONLY | environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -14,6 +14,8 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from axolotl.integrations.base import BasePlugin
 from axolotl.utils.dict import DictDefault
+from torch.distributed.tensor import DTensor
+from transformers import Trainer, TrainerCallback
 
 _build_device_mesh = ParallelismConfig.build_device_mesh
 _init = AcceleratorState.__init__
@@ -45,3 +47,19 @@ class CpuProcesses(BasePlugin):
 
     def load_datasets(self, cfg: DictDefault, preprocess: bool = False) -> None:
         cfg.device_map = None
+
+
+class FillParts(BasePlugin):
+    """Fills what each process holds of the adapter with the number of the process, from 1."""
+
+    def add_callbacks_post_trainer(self, cfg: DictDefault, trainer: Trainer) -> list[TrainerCallback]:
+        return [_Fill()]
+
+
+class _Fill(TrainerCallback):
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        model = kwargs["model"]
+        for name, tensor in model.state_dict().items():
+            if model.base_model.prefix in name:
+                assert isinstance(tensor, DTensor)
+                tensor.to_local().fill_(tensor.device_mesh.get_rank() + 1)

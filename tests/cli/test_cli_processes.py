@@ -124,7 +124,9 @@ def block_of(adapter: str, folder: Path) -> dict[str, Any]:
 def train(axolotl: AxolotlPool, folder: Path, base_model: Callable[[str], Path]) -> Callable[..., Run]:
     """`train(adapter, mode, name, **keys)`: a run with 4 rows in a batch, in one process if the mode is None."""
 
-    def run(adapter: str, mode: str | None, name: str = "", *, block: dict[str, Any] | None = None, **keys: Any) -> Run:
+    def run(
+        adapter: str, mode: str | None, name: str = "", *, block: dict[str, Any] | None = None, **keys: Any
+    ) -> Run:
         config = write_config(adapter, mode, folder, base_model("mixtral"), name, block, **keys)
         result = axolotl("train", config, processes=mode and 2, timeout=HANGS)
         assert result.code == 0, result.output
@@ -198,3 +200,168 @@ def test_two_processes_log_and_save_what_one_does(
     if adapter != "lora" or mode == "DDP":
         for name, tensor in adapter_tensors(two.folder / f"checkpoint-{STEPS}").items():
             assert torch.equal(tensor, saved[name]), name
+
+
+_HOST_LOSES = "accelerate saves the first process's part of an adapter in a FULL_STATE_DICT (accelerate#4206)"
+
+
+@pytest.mark.parametrize(
+    ("adapter", "mode"),
+    [
+        *(
+            pytest.param(adapter, mode, marks=pytest.mark.matrix("processes: resume on 2, {mode}", "{adapter}"))
+            for adapter in BLOCKS
+            for mode in ("DDP", "FSDP2 full state dict")
+            if (adapter, mode) != ("lora", "FSDP2 full state dict")
+        ),
+        pytest.param(
+            "lora",
+            "FSDP2 sharded state dict",
+            marks=pytest.mark.matrix("processes: resume on 2, FSDP2 sharded state dict", "lora"),
+        ),
+    ],
+)
+def test_resumed_equals_straight(
+    adapter: str, mode: str, train: Callable[..., Run], trained: Callable[[str, str | None], Run]
+) -> None:
+    straight = trained(adapter, mode)
+    resumed = train(adapter, mode, "resumed", resume_from_checkpoint=str(straight.folder / f"checkpoint-{STEPS - 1}"))
+    assert_same(resumed, straight, rel=0)
+
+
+@pytest.mark.matrix("processes: resume on 2, FSDP2 full state dict", "lora", cell=f"not by the host: {_HOST_LOSES}")
+def test_the_host_resumes_from_a_part_of_lora(
+    train: Callable[..., Run], trained: Callable[[str, str | None], Run]
+) -> None:
+    mode = "FSDP2 full state dict"
+    straight = trained("lora", mode)
+    resumed = train("lora", mode, "resumed", resume_from_checkpoint=str(straight.folder / f"checkpoint-{STEPS - 1}"))
+    with pytest.raises(AssertionError):
+        assert_same(resumed, straight)
+
+
+@pytest.mark.matrix("processes: 2, FSDP2, each process's part saved", "{adapter}")
+@pytest.mark.parametrize("adapter", OURS)
+def test_what_is_saved_has_each_process_part(
+    adapter: str, train: Callable[..., Run], folder: Path, base_model: Callable[[str], Path]
+) -> None:
+    plugins = [SHIM, PLUGIN, "tests.cli.cpu_processes.FillParts"]
+    mode = "FSDP2 full state dict"
+    keys = {"plugins": plugins, "learning_rate": 0.0, "max_steps": 1}
+    run = train(adapter, mode, "parts", **keys)
+    checkpoint = run.folder / "checkpoint-1"
+    resumed = train(
+        adapter, mode, "parts resumed", resume_from_checkpoint=str(checkpoint), learning_rate=0.0, max_steps=2
+    )
+    for found in (run.tensors, adapter_tensors(checkpoint), resumed.tensors):
+        for name, tensor in found.items():
+            parts = torch.chunk(torch.zeros_like(tensor), 2)
+            expected = torch.cat([torch.full_like(part, rank + 1) for rank, part in enumerate(parts)])
+            assert torch.equal(tensor, expected), name
+
+
+@pytest.mark.matrix("processes: 2, FSDP2 bf16 base", "{adapter}")
+@pytest.mark.parametrize("adapter", BLOCKS)
+def test_two_processes_with_a_bf16_base_do_what_one_does(adapter: str, train: Callable[..., Run]) -> None:
+    # a random start, too: it has to be the same in every process. The host's differs, so the control has a saved one
+    start = {} if adapter == "lora" else {"lora_model_dir": None}
+    one, two = (
+        train(adapter, mode, "bf16", bf16=True, plugins=[SHIM] + [PLUGIN] * (adapter != "lora"), **start)
+        for mode in (None, "FSDP2 full state dict")
+    )
+    for line, expected_line in zip(two.lines, one.lines, strict=True):
+        # 8 bits of mantissa; FSDP2 casts parameters to bf16, autocast casts the operands of products
+        assert line["loss"] == pytest.approx(expected_line["loss"], rel=1e-2)
+        assert line["grad_norm"] == pytest.approx(expected_line["grad_norm"], rel=5e-2)
+    tensors = two.tensors
+    for name, tensor in one.tensors.items():
+        assert tensors[name].dtype == torch.float32
+        torch.testing.assert_close(tensors[name], tensor, atol=2e-3, rtol=1e-2, msg=name)
+
+
+EDGES = {"DDP": "DDP", "FSDP2": "FSDP2 full state dict"}
+BALANCED = {
+    "perft": {"router_aux_loss_coef": 0.5, "base_router_aux_loss_coef": 0.5},
+    "perft embedded": {"base_router_aux_loss_coef": 0.5},
+    "perft dense": {"base_router_aux_loss_coef": 0.5},
+    "pt_moe": {"router_aux_loss_coef": 0.5},
+}
+
+
+@pytest.fixture(scope="module")
+def edge_rows(folder: Path) -> Path:
+    """Rows in batches of one, of which every second is the second process's.
+
+    First the shortest row that the host keeps: one supervised token, and of eight experts at most four have a token
+    in it, of an adapter's two experts per sequence one. Then a row that is all padding.
+    """
+    long = list(range(40, 60))
+    rows = [
+        {"input_ids": long, "attention_mask": [1] * 20, "labels": [-100] * 5 + long[5:]},
+        {"input_ids": [70, 71], "attention_mask": [1, 1], "labels": [-100, 71]},
+        {"input_ids": [0, 0, 0], "attention_mask": [0, 0, 0], "labels": [-100, -100, 0]},
+        {"input_ids": long[::-1], "attention_mask": [1] * 20, "labels": [-100] * 5 + long[-6::-1]},
+    ]
+    path = folder / "edges.jsonl"
+    path.write_text("".join(json.dumps(row | {"expert_labels": [i % 2]}) + "\n" for i, row in enumerate(rows)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def train_edges(train: Callable[..., Run], edge_rows: Path) -> Callable[[str, str | None], Run]:
+    @functools.cache
+    def run(adapter: str, mode: str | None) -> Run:
+        return train(
+            adapter,
+            mode,
+            "edges",
+            block=BALANCED.get(adapter),
+            datasets=[{"path": str(edge_rows), "ds_type": "json"}],
+            dataset_prepared_path=str(edge_rows.with_suffix(f".{adapter}.prepared")),
+            shuffle_merged_datasets=False,
+            curriculum_sampling=True,
+            micro_batch_size=1,
+            gradient_accumulation_steps=1 if mode else 2,
+            max_steps=2,
+        )
+
+    return run
+
+
+@pytest.mark.matrix("processes: 2, {mode}: no token for an expert, a row of padding", "{adapter}")
+@pytest.mark.parametrize("mode", EDGES)
+@pytest.mark.parametrize("adapter", BLOCKS)
+def test_a_process_without_tokens_for_some_parameters(
+    adapter: str, mode: str, train_edges: Callable[[str, str | None], Run]
+) -> None:
+    one, two = train_edges(adapter, None), train_edges(adapter, EDGES[mode])
+    for line in two.lines:
+        assert all(math.isfinite(value) for value in line.values() if isinstance(value, float)), line
+    # the same batches, so that the balance losses agree as well
+    assert_same(two, one)
+
+
+@pytest.mark.matrix("processes: 2, launched by axolotl train", "perft")
+def test_the_real_command_trains_as_the_pool_does(
+    folder: Path, base_model: Callable[[str], Path], trained: Callable[[str, str | None], Run]
+) -> None:
+    config = write_config("perft", "DDP", folder, base_model("mixtral"), "command", None)
+    launch = ("--launcher", "torchrun", "--", "--standalone", "--nproc_per_node=2")
+    result = run_command("axolotl", "train", str(config), *launch, **CPU_PROCESSES, PYTHONPATH=str(ROOT))
+    assert result.code == 0, result.output
+    assert_same(Run(config.with_suffix("")), trained("perft", "DDP"), rel=0)
+
+
+_HOST_DDP = "one process under torchrun needs `ddp: true`, or the host lets DDP look for unused parameters"
+
+
+@pytest.mark.parametrize("adapter", ["lora", "perft"])
+def test_one_process_under_torchrun_needs_ddp(
+    adapter: str, axolotl: AxolotlPool, folder: Path, base_model: Callable[[str], Path]
+) -> None:
+    """The host's: without it DDP looks for unused parameters, which reentrant checkpointing does not allow."""
+    for keys, code in (({}, 1), ({"ddp": True}, 0)):
+        config = write_config(adapter, "DDP", folder, base_model("mixtral"), "alone", None, **keys)
+        result = axolotl("train", config, processes=1, timeout=HANGS)
+        assert result.code == code, result.output
+        assert ("mark a variable ready only once" in result.output) == (code == 1)
