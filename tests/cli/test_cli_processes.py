@@ -19,7 +19,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, set_seed
+from transformers import AutoModelForCausalLM
 
 from axolotl_moe_peft import TTLoraConfig
 from axolotl_moe_peft.args import CONFIGS
@@ -35,7 +35,7 @@ from tests.cli.cli_helpers import (
 
 ROOT = Path(__file__).parents[2]
 STEPS = 3
-HANGS = 120  # s; a run takes 5
+HANGS = 60  # s; a run takes 5
 SEED = 42
 SHIM, PLUGIN = "tests.cli.cpu_processes.CpuProcesses", "axolotl_moe_peft.MoePeftPlugin"
 BLOCKS: dict[str, dict[str, Any]] = {
@@ -316,7 +316,9 @@ def train_edges(train: Callable[..., Run], edge_rows: Path) -> Callable[[str, st
             mode,
             "edges",
             block=BALANCED.get(adapter),
-            datasets=[{"path": str(edge_rows), "ds_type": "json"}],
+            datasets=[
+                {"path": str(edge_rows), "ds_type": "json"} | ({"expert": "a"} if adapter == "tt_lora_moe" else {})
+            ],
             dataset_prepared_path=str(edge_rows.with_suffix(f".{adapter}.prepared")),
             shuffle_merged_datasets=False,
             curriculum_sampling=True,
