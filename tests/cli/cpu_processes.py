@@ -1,14 +1,15 @@
 """Lets Axolotl train in several processes on CPUs (gloo), which the host keeps to accelerators. For tests only.
 
 List `tests.cli.cpu_processes.CpuProcesses` as the first plugin and launch with torchrun and ACCELERATE_USE_CPU=true.
-Three places stand in the way: the device map is that of a GPU, the device mesh is built for CUDA, and accelerate does
-not look at the FSDP settings of CPU processes.
+Four places stand in the way: the device map is that of a GPU, the device mesh is built for CUDA, accelerate does not
+look at the FSDP settings of CPU processes, and gives CPUs numbers (cpu:0), to which torch loads no optimiser's state.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
@@ -18,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 
 _build_device_mesh = ParallelismConfig.build_device_mesh
+_set_device = PartialState.set_device
 _init = AcceleratorState.__init__
 
 
@@ -35,10 +37,16 @@ def _init_with_fsdp(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None,
         PartialState._shared_state["distributed_type"] = self.distributed_type
 
 
+def _set_device_without_index(self: PartialState) -> None:
+    _set_device(self)
+    self.device = torch.device("cpu")
+
+
 class CpuProcesses(BasePlugin):
-    """The three patches."""
+    """The patches."""
 
     def register(self, cfg: dict[str, Any]) -> None:
+        PartialState.set_device = _set_device_without_index
         ParallelismConfig.build_device_mesh = _cpu_device_mesh
         AcceleratorState.__init__ = _init_with_fsdp
 

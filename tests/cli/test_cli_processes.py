@@ -129,7 +129,7 @@ def train(axolotl: AxolotlPool, folder: Path, base_model: Callable[[str], Path])
     ) -> Run:
         config = write_config(adapter, mode, folder, base_model("mixtral"), name, block, **keys)
         result = axolotl("train", config, processes=mode and 2, timeout=HANGS)
-        assert result.code == 0, result.output
+        assert result.code == 0, result.error or result.output
         return Run(config.with_suffix(""))
 
     return run
