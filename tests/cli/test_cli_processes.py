@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -246,15 +246,12 @@ def test_what_is_saved_has_each_process_part(
     adapter: str, train: Callable[..., Run], folder: Path, base_model: Callable[[str], Path]
 ) -> None:
     plugins = [SHIM, PLUGIN, "tests.cli.cpu_processes.FillParts"]
-    mode = "FSDP2 full state dict"
-    keys = {"plugins": plugins, "learning_rate": 0.0, "max_steps": 1}
-    run = train(adapter, mode, "parts", **keys)
-    checkpoint = run.folder / "checkpoint-1"
-    resumed = train(
-        adapter, mode, "parts resumed", resume_from_checkpoint=str(checkpoint), learning_rate=0.0, max_steps=2
-    )
-    for found in (run.tensors, adapter_tensors(checkpoint), resumed.tensors):
-        for name, tensor in found.items():
+    run = train(adapter, "FSDP2 full state dict", "parts", plugins=plugins, learning_rate=0.0, max_steps=1)
+    for saved in (run.folder, run.folder / "checkpoint-1"):
+        base = AutoModelForCausalLM.from_pretrained(base_model("mixtral"))
+        loaded = get_peft_model_state_dict(PeftModel.from_pretrained(base, saved))
+        assert loaded.keys() == adapter_tensors(folder / f"{adapter} start").keys()
+        for name, tensor in loaded.items():
             parts = torch.chunk(torch.zeros_like(tensor), 2)
             expected = torch.cat([torch.full_like(part, rank + 1) for rank, part in enumerate(parts)])
             assert torch.equal(tensor, expected), name
