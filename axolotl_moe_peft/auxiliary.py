@@ -87,9 +87,12 @@ class RouterStatistics:
         self._counts: dict[str, Tensor] = {}
         self._experts: Sequence[str] = ()
 
-    def record(self, name: str, value: Tensor) -> None:
-        """Add one value (0-dim), such as one layer's loss of one micro-batch, to the mean of `name`."""
-        self._add(name, value.detach().view(1), torch.ones(1, device=value.device))
+    def record(self, name: str, value: Tensor, count: int = 1) -> None:
+        """Add one value (0-dim), such as one layer's loss of one micro-batch, to the mean of `name`.
+
+        With a count of 0 it is not added, but other processes that have one are not left waiting in `pop`.
+        """
+        self._add(name, count * value.detach().view(1), torch.full((1,), float(count), device=value.device))
 
     def record_by_expert(self, name: str, values_N: Tensor, labels_N: Tensor, experts: Sequence[str]) -> None:
         """Add the values of N sequences to the mean of `name` and to those of their right experts, `name`/`expert`.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import warnings
+from pathlib import Path
 from typing import Any, Literal
 
 from .versions import check_version
@@ -19,6 +20,8 @@ from axolotl.utils.logging import get_logger  # noqa: E402
 from peft import PeftConfig, PeftModel, get_peft_model  # noqa: E402
 from peft.tuners.tuners_utils import BaseTuner  # noqa: E402
 from safetensors import SafetensorError  # noqa: E402
+from torch import Tensor  # noqa: E402
+from torch.distributed.tensor import DTensor  # noqa: E402
 from transformers import (  # noqa: E402
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
@@ -28,8 +31,9 @@ from transformers import (  # noqa: E402
     TrainerControl,
     TrainerState,
     TrainingArguments,
+    set_seed,
 )
-from transformers.trainer_utils import has_length  # noqa: E402
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length  # noqa: E402
 
 from .args import (  # noqa: E402
     CONFIGS,
@@ -100,6 +104,7 @@ class MoePeftPlugin(BasePlugin):
                 raise ValueError(f"lora_model_dir: {cfg.lora_model_dir!r} cannot be loaded: {error}") from None
             _add_experts(model, config)
         else:
+            set_seed(cfg.seed)  # not yet the host's; and under FSDP2 each process keeps its part of its own start
             model = get_peft_model(model, config, **kwargs)
         _log_what_is_trained(model, cfg)
         return model, config
@@ -111,6 +116,8 @@ class MoePeftPlugin(BasePlugin):
             _collate_expert_labels(trainer)
         if cfg.rl and "ref" in trainer.model.peft_config:
             _copy_into_reference(trainer.model)
+        if trainer.accelerator.is_fsdp2:
+            _shard_checkpoints(cfg, trainer)
         return [AdapterCallback(cfg, trainer)]
 
 
@@ -145,6 +152,14 @@ class AdapterCallback(TrainerCallback):
     ) -> None:
         if control.should_log:
             self._store(self._tuner(kwargs["model"]), "train")
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        accelerator = self.trainer.accelerator
+        if accelerator.is_fsdp2:  # else the host has saved it
+            tensors = _whole_adapter(kwargs["model"], accelerator.device)
+            if accelerator.is_main_process:
+                folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+                kwargs["model"].save_pretrained(folder, state_dict=tensors)
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -269,6 +284,28 @@ def _copy_into_reference(model: PeftModel) -> None:
     for name, parameter in model.named_parameters():
         if name.endswith(".default"):
             model.get_parameter(f"{name.removesuffix('default')}ref").data.copy_(parameter.data)
+
+
+def _shard_checkpoints(cfg: DictDefault, trainer: Trainer) -> None:
+    """Save what every process holds: at the end the whole adapter, in checkpoints each process's part.
+
+    Of an adapter a checkpoint with a FULL_STATE_DICT has the first process's part alone (accelerate#4206), and from
+    checkpoints with a SHARDED_STATE_DICT the host would make the final adapter, rounded to bf16.
+    """
+    fsdp = trainer.accelerator.state.fsdp_plugin
+    fsdp.state_dict_config = fsdp.optim_state_dict_config = None  # those of the other type
+    fsdp.set_state_dict_type("SHARDED_STATE_DICT")
+    cfg.fsdp_config.final_state_dict_type = "FULL_STATE_DICT"
+    LOG.info("checkpoints have the adapter twice: whole, and for resuming as a SHARDED_STATE_DICT")
+
+
+def _whole_adapter(model: PeftModel, device: torch.device) -> dict[str, Tensor]:
+    """The adapter's tensors by their names in the model, gathered from the processes of FSDP2; each must call."""
+    return {
+        name: (tensor.to(device).full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+        for name, tensor in model.state_dict().items()
+        if model.base_model.prefix in name
+    }
 
 
 def _log_what_is_trained(model: PeftModel, cfg: DictDefault) -> None:

@@ -175,7 +175,10 @@ class PTMoeLayer(nn.Module, BaseTunerLayer):
             return weights_QN, None
         statistics = self.auxiliary.statistics
         statistics.record_usage("prompt", expert_counts(indices_QK, config.num_experts))
-        if not config.router_aux_loss_coef or not len(x_QD):
+        if not config.router_aux_loss_coef:
+            return weights_QN, None
+        if not len(x_QD):  # all padding
+            statistics.record("router_aux_loss", logits_QN.new_zeros(()), count=0)
             return weights_QN, None
         loss = load_balancing_loss([logits_QN], config.top_k)
         statistics.record("router_aux_loss", loss)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-import select
+import socket
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -26,27 +26,53 @@ from tests.tiny_models import BOS, EOS, PAD, VOCAB_SIZE, tiny_model
 _TIMEOUT = 600  # s, for one command
 # exact comparisons need the CPU, also where there is a GPU
 _CPU_ONLY = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+CPU_PROCESSES = {"ACCELERATE_USE_CPU": "true"}  # of several, see cpu_processes.py
 # Where the pool runs many commands, the imports of the real command (10 s) are done once: it imports what
-# `axolotl train`, `evaluate` and `merge-lora` import before they load a plugin, and forks for each command.
+# `axolotl train`, `evaluate` and `merge-lora` import before they load a plugin, and forks for each process of a
+# command. What torchrun would put into the environment comes with the command; a process that fails, and the end of
+# the time, end the others.
 _POOL = """
-import gc, importlib, json, os, sys
+import gc, importlib, json, os, signal, sys
 import axolotl.cli.main, axolotl.cli.config, axolotl.cli.evaluate, axolotl.cli.merge_lora, axolotl.cli.train
-import axolotl.common.datasets, axolotl.train
+import axolotl.common.datasets, axolotl.core.builders, axolotl.train
+import torch
 for module in sys.argv[2:]:
     importlib.import_module(module)
 gc.freeze()
+children, code = set(), 0
+def end(new_code):
+    global code
+    code = code or new_code
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+signal.signal(signal.SIGALRM, lambda *_: end(%d))
 for line in sys.stdin:
-    arguments, stdin, log = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(os.open(stdin, os.O_RDONLY), 0)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
-        sys.argv = ["axolotl", *arguments]
-        sys.exit(axolotl.cli.main.main())
-    os.write(int(sys.argv[1]), bytes([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) % 256]))
+    arguments, stdin, log, environments, seconds = json.loads(line)
+    code = 0
+    open(log, "w").close()
+    for environment in environments:
+        child = os.fork()
+        if child == 0:
+            file = os.open(log, os.O_WRONLY | os.O_APPEND)
+            os.dup2(os.open(stdin, os.O_RDONLY), 0)
+            os.dup2(file, 1)
+            os.dup2(file, 2)
+            os.environ |= environment
+            if environment:
+                torch.set_num_threads(1)  # as torchrun
+            sys.argv = ["axolotl", *arguments]
+            sys.exit(axolotl.cli.main.main())
+        children.add(child)
+    signal.alarm(seconds)
+    while children:
+        child, status = os.wait()
+        children.remove(child)
+        if status:
+            end(os.waitstatus_to_exitcode(status) %% 256)
+    signal.alarm(0)
+    os.write(int(sys.argv[1]), bytes([code]))
 """
+_TIMED_OUT = 124  # as `timeout` ends
 
 
 @dataclass
@@ -69,11 +95,11 @@ class Result:
         return found[0] if found else ""
 
 
-def run_command(*command: str) -> Result:
-    """Run a command as a user would."""
+def run_command(*command: str, **environment: str) -> Result:
+    """Run a command as a user would, with `environment` added to that of the tests."""
     done = subprocess.run(
         command,
-        env=_CPU_ONLY,
+        env=_CPU_ONLY | environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -84,7 +110,7 @@ def run_command(*command: str) -> Result:
 
 
 class AxolotlPool:
-    """Runs `axolotl ...` in a new process each time, without paying for the imports each time.
+    """Runs `axolotl ...` in new processes each time, without paying for the imports each time.
 
     Args:
         folder: for its files.
@@ -96,7 +122,7 @@ class AxolotlPool:
         self._stdin, self._log = folder / "stdin", folder / "log"
         self._exit_codes, write_end = os.pipe()
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _POOL, str(write_end), *modules],
+            [sys.executable, "-c", _POOL % _TIMED_OUT, str(write_end), *modules],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -107,20 +133,45 @@ class AxolotlPool:
         )
         os.close(write_end)
 
-    def __call__(self, command: str, config: Path | str, *options: str, stdin: str = "") -> Result:
+    def __call__(
+        self,
+        command: str,
+        config: Path | str,
+        *options: str,
+        stdin: str = "",
+        processes: int | None = None,
+        timeout: int = _TIMEOUT,
+    ) -> Result:
+        """Run a command, `processes` times at once as torchrun would; None is without torchrun."""
         launcher = ["--launcher", "python"] if command in ("train", "evaluate", "inference") else []
         arguments = [command, *launcher, str(config), *options]
+        environments = [{}] if processes is None else _torchrun_environments(processes)
         self._stdin.write_text(stdin)
-        self._process.stdin.write(json.dumps([arguments, str(self._stdin), str(self._log)]) + "\n")
+        request = [arguments, str(self._stdin), str(self._log), environments, timeout]
+        self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
-        if not select.select([self._exit_codes], [], [], _TIMEOUT)[0]:
-            raise TimeoutError(f"axolotl {command} takes more than {_TIMEOUT} s:\n{self._log.read_text()}")
-        return Result(os.read(self._exit_codes, 1)[0], self._log.read_text())
+        code = os.read(self._exit_codes, 1)[0]
+        if code == _TIMED_OUT:
+            raise TimeoutError(f"axolotl {command} takes more than {timeout} s:\n{self._log.read_text()}")
+        return Result(code, self._log.read_text())
 
     def close(self) -> None:
         self._process.stdin.close()
         self._process.wait()
         os.close(self._exit_codes)
+
+
+def _torchrun_environments(processes: int) -> list[dict[str, str]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [
+        CPU_PROCESSES
+        | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        | {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+        | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        for rank in range(processes)
+    ]
 
 
 def save_base_model(folder: Path, family: str) -> Path:

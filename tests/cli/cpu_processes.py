@@ -1,21 +1,25 @@
 """Lets Axolotl train in several processes on CPUs (gloo), which the host keeps to accelerators. For tests only.
 
 List `tests.cli.cpu_processes.CpuProcesses` as the first plugin and launch with torchrun and ACCELERATE_USE_CPU=true.
-Three places stand in the way: the device map is that of a GPU, the device mesh is built for CUDA, and accelerate does
-not look at the FSDP settings of CPU processes.
+Four places stand in the way: the device map is that of a GPU, the device mesh is built for CUDA, accelerate does not
+look at the FSDP settings of CPU processes, and gives CPUs numbers (cpu:0), to which torch loads no optimiser's state.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from axolotl.integrations.base import BasePlugin
 from axolotl.utils.dict import DictDefault
+from torch.distributed.tensor import DTensor
+from transformers import Trainer, TrainerCallback
 
 _build_device_mesh = ParallelismConfig.build_device_mesh
+_set_device = PartialState.set_device
 _init = AcceleratorState.__init__
 
 
@@ -33,12 +37,37 @@ def _init_with_fsdp(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None,
         PartialState._shared_state["distributed_type"] = self.distributed_type
 
 
+def _set_device_without_index(self: PartialState) -> None:
+    _set_device(self)
+    self.device = torch.device("cpu")
+
+
 class CpuProcesses(BasePlugin):
-    """The three patches."""
+    """The patches."""
 
     def register(self, cfg: dict[str, Any]) -> None:
+        PartialState.set_device = _set_device_without_index
         ParallelismConfig.build_device_mesh = _cpu_device_mesh
         AcceleratorState.__init__ = _init_with_fsdp
 
+    def get_training_args(self, cfg: DictDefault) -> dict[str, Any]:
+        return {"use_cpu": True}  # else bf16 needs a GPU
+
     def load_datasets(self, cfg: DictDefault, preprocess: bool = False) -> None:
         cfg.device_map = None
+
+
+class FillParts(BasePlugin):
+    """Fills what each process holds of the adapter with the number of the process, from 1."""
+
+    def add_callbacks_post_trainer(self, cfg: DictDefault, trainer: Trainer) -> list[TrainerCallback]:
+        return [_Fill()]
+
+
+class _Fill(TrainerCallback):
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        model = kwargs["model"]
+        for name, tensor in model.state_dict().items():
+            if model.base_model.prefix in name:
+                assert isinstance(tensor, DTensor)
+                tensor.to_local().fill_(tensor.device_mesh.get_rank() + 1)
