@@ -209,7 +209,7 @@ def test_the_reference_is_the_base(rl: str, adapter: str, trained: Callable[[str
         assert abs(start["rewards/chosen"]) > 1e-4  # its usual start is not the base
     else:
         assert start["rewards/chosen"] == start["rewards/margins"] == 0
-    assert abs(second["rewards/chosen"]) > 1e-4
+    assert second["rewards/chosen"] != 0
 
 
 @pytest.mark.parametrize("rl", METHODS)
