@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from axolotl_moe_peft import TTLoraConfig
 from axolotl_moe_peft.args import CONFIGS
 
-N, K, RANK, ALPHA = 4, 2, 4, 8
+N, K, RANK, ALPHA = 8, 2, 4, 8
 # large enough to be a good part of the gradient
 AUX, Z = 0.5, 0.1
 TT_LORA = {
@@ -44,11 +44,19 @@ ADAPTERS = ("lora", *BLOCKS)
 EXPERTS = ("a", "b")
 
 
-def adapter_keys(adapter: str, experts: Path) -> dict[str, Any]:
-    """The YAML's keys for that adapter; `experts` is the folder with the experts of a pool."""
+def adapter_keys(adapter: str, experts: Path, balanced: bool = True) -> dict[str, Any]:
+    """The YAML's keys for that adapter.
+
+    Args:
+        adapter: one of ADAPTERS.
+        experts: the folder with the experts of a pool.
+        balanced: with the balance losses, which are not linear in the batch.
+    """
     if adapter == "lora":
         return {"adapter": "lora", "perft": None, **LORA, **TRITON_KERNELS}
     method, block = BLOCKS[adapter]
+    if not balanced:
+        block = {key: 0.0 if "aux_loss" in key else value for key, value in block.items()}
     if method == "tt_lora_moe":
         block = block | {"experts": [{"name": name, "path": str(experts / name)} for name in EXPERTS]}
     return {"adapter": method, "perft": None, method: block}

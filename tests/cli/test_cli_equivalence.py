@@ -88,10 +88,7 @@ def train(
     def run(adapter: str, name: str) -> Run:
         accumulation = name in ("1 x 4", "4 x 1")
         given_rows = equal_rows if accumulation else rows
-        keys = adapter_keys(adapter, experts("mixtral")) | dataset_keys(adapter, given_rows)
-        if accumulation and adapter != "lora":  # a balance loss is not linear in the batch
-            method = keys["adapter"]
-            keys[method] = {key: 0.0 if "aux_loss" in key else value for key, value in keys[method].items()}
+        keys = adapter_keys(adapter, experts("mixtral"), balanced=not accumulation) | dataset_keys(adapter, given_rows)
         config = write_yaml(
             folder / f"{adapter} {name}.yaml",
             base_model("mixtral"),

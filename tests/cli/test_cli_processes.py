@@ -17,12 +17,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from axolotl_moe_peft import TTLoraConfig
-from axolotl_moe_peft.args import CONFIGS
+from tests.cli.adapters import ADAPTERS, adapter_keys, dataset_keys
 from tests.cli.cli_helpers import (
     CPU_PROCESSES,
     AxolotlPool,
@@ -38,16 +37,7 @@ STEPS = 3
 HANGS = 60  # s; a run takes 5
 SEED = 42
 SHIM, PLUGIN = "tests.cli.cpu_processes.CpuProcesses", "axolotl_moe_peft.MoePeftPlugin"
-BLOCKS: dict[str, dict[str, Any]] = {
-    "lora": {"lora_r": 4, "lora_alpha": 8, "lora_target_modules": ["q_proj", "v_proj"]},
-    "perft": {"rank": 4, "num_experts": 8, "router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.1},
-    "perft embedded": {"variant": "embedded", "rank": 4},
-    "perft dense": {"variant": "dense", "num_experts": 2, "rank": 4},
-    "tt_lora": {"rank": 4},
-    "tt_lora_moe": {"router_noise": False},  # each process draws its own noise
-    "pt_moe": {"num_virtual_tokens": 4, "rank": 3, "router_noise_std": 0.0},
-}
-OURS = [adapter for adapter in BLOCKS if adapter != "lora"]
+OURS = [adapter for adapter in ADAPTERS if adapter != "lora"]
 FSDP2 = {
     "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
     "transformer_layer_cls_to_wrap": "MixtralDecoderLayer",
@@ -84,79 +74,55 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, base_model: Callable[[str], Path]) -> Path:
-    """Rows with equally many tokens, experts, and for every adapter one to start from."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows with equally many tokens."""
     folder = tmp_path_factory.mktemp("processes")
     answers = ("one", "two", "six", "ten")
     write_rows(folder / "rows.jsonl", [(f"what is {i}?", answer) for i, answer in enumerate(answers)])
-    for number, name in enumerate(("a", "b")):
-        torch.manual_seed(number)
-        base = AutoModelForCausalLM.from_pretrained(base_model("mixtral"))
-        get_peft_model(base, TTLoraConfig(rank=4, alpha=400, task_type="CAUSAL_LM")).save_pretrained(folder / name)
-    for adapter in BLOCKS:
-        torch.manual_seed(3)
-        base = AutoModelForCausalLM.from_pretrained(base_model("mixtral"))
-        model = get_peft_model(base, config_of(adapter, folder))
-        with torch.no_grad():  # away from zeros, behind which gradients are 0
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(torch.randn_like(parameter), alpha=0.05)
-        model.save_pretrained(folder / f"{adapter} start")
     return folder
 
 
-def config_of(adapter: str, folder: Path) -> PeftConfig:
-    block = block_of(adapter, folder)
-    if adapter == "lora":
-        config = LoraConfig(**{key.removeprefix("lora_").replace("alpha", "lora_alpha"): block[key] for key in block})
-        config.task_type = "CAUSAL_LM"
-        return config
-    return CONFIGS[adapter.partition(" ")[0]](**block, task_type="CAUSAL_LM")
+@pytest.fixture(scope="module")
+def write_config(
+    folder: Path,
+    base_model: Callable[[str], Path],
+    experts: Callable[[str], Path],
+    start: Callable[[str, str], Path],
+) -> Callable[..., Path]:
+    """`write_config(adapter, mode, name, **keys)`: 4 rows in a batch, in one process if the mode is None."""
 
+    def write(adapter: str, mode: str | None, name: str = "", balanced: bool = False, **keys: Any) -> Path:
+        rows = folder / "rows.jsonl"
+        settings = {
+            "plugins": [SHIM] * (mode is not None) + [PLUGIN] * (adapter != "lora"),
+            **adapter_keys(adapter, experts("mixtral"), balanced),
+            **dataset_keys(adapter, rows),
+            "lora_model_dir": str(start("mixtral", adapter)),
+            "gradient_checkpointing": True,
+            "adam_epsilon": 1.0,
+            "max_grad_norm": 0.0,
+            "max_steps": STEPS,
+            "save_steps": 1,
+            "micro_batch_size": 2 if mode else 4,
+            "seed": SEED,
+            **MODES.get(mode, {}),
+        }
+        return write_yaml(folder / f"{adapter} {mode} {name}.yaml", base_model("mixtral"), rows, **settings | keys)
 
-def block_of(adapter: str, folder: Path) -> dict[str, Any]:
-    experts = [{"name": name, "path": str(folder / name)} for name in ("a", "b")]
-    return BLOCKS[adapter] | ({"experts": experts} if adapter == "tt_lora_moe" else {})
+    return write
 
 
 @pytest.fixture(scope="module")
-def train(axolotl: AxolotlPool, folder: Path, base_model: Callable[[str], Path]) -> Callable[..., Run]:
-    """`train(adapter, mode, name, **keys)`: a run with 4 rows in a batch, in one process if the mode is None."""
+def train(axolotl: AxolotlPool, write_config: Callable[..., Path]) -> Callable[..., Run]:
+    """`train(adapter, mode, name, **keys)`: the finished run of such a configuration."""
 
-    def run(
-        adapter: str, mode: str | None, name: str = "", *, block: dict[str, Any] | None = None, **keys: Any
-    ) -> Run:
-        config = write_config(adapter, mode, folder, base_model("mixtral"), name, block, **keys)
+    def run(adapter: str, mode: str | None, *args: Any, **keys: Any) -> Run:
+        config = write_config(adapter, mode, *args, **keys)
         result = axolotl("train", config, processes=mode and 2, timeout=HANGS)
         assert result.code == 0, result.error or result.output
         return Run(config.with_suffix(""))
 
     return run
-
-
-def write_config(
-    adapter: str, mode: str | None, folder: Path, base: Path, name: str, block: dict[str, Any] | None, **keys: Any
-) -> Path:
-    key, rows = adapter.partition(" ")[0], folder / "rows.jsonl"
-    block = block_of(adapter, folder) | (block or {})
-    expert = {"expert": "a"} if adapter == "tt_lora_moe" else {}
-    settings = {
-        "plugins": [SHIM] * (mode is not None) + [PLUGIN] * (adapter != "lora"),
-        "adapter": key,
-        "perft": None,
-        **(block if adapter == "lora" else {key: block}),
-        "lora_model_dir": str(folder / f"{adapter} start"),
-        "datasets": [{"path": str(rows), "type": "chat_template", **expert}],
-        "gradient_checkpointing": True,
-        "adam_epsilon": 1.0,
-        "max_grad_norm": 0.0,
-        "max_steps": STEPS,
-        "save_steps": 1,
-        "micro_batch_size": 2 if mode else 4,
-        "seed": SEED,
-        **MODES.get(mode, {}),
-    }
-    return write_yaml(folder / f"{adapter} {mode} {name}.yaml", base, rows, **settings | keys)
 
 
 @pytest.fixture(scope="module")
@@ -184,18 +150,18 @@ def frozen(name: str) -> bool:
 
 @pytest.mark.matrix("processes: 2, {mode}", "{adapter}")
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("adapter", BLOCKS)
+@pytest.mark.parametrize("adapter", ADAPTERS)
 def test_two_processes_log_and_save_what_one_does(
-    adapter: str, mode: str, trained: Callable[[str, str | None], Run], folder: Path
+    adapter: str, mode: str, trained: Callable[[str, str | None], Run], start: Callable[[str, str], Path]
 ) -> None:
     one, two = trained(adapter, None), trained(adapter, mode)
     assert len(one.lines) == STEPS
     assert_same(two, one)
-    start, saved = adapter_tensors(folder / f"{adapter} start"), two.tensors
-    assert saved.keys() == start.keys()
+    before, saved = adapter_tensors(start("mixtral", adapter)), two.tensors
+    assert saved.keys() == before.keys()
     for name, tensor in saved.items():
-        assert tensor.dtype == start[name].dtype
-        assert frozen(name) == torch.equal(tensor, start[name]), name
+        assert tensor.dtype == before[name].dtype
+        assert frozen(name) == torch.equal(tensor, before[name]), name
     if adapter != "lora" or mode == "DDP":
         for name, tensor in adapter_tensors(two.folder / f"checkpoint-{STEPS}").items():
             assert torch.equal(tensor, saved[name]), name
@@ -209,14 +175,17 @@ _HOST_LOSES = "accelerate saves the first process's part of an adapter in a FULL
     [
         *(
             pytest.param(adapter, mode, marks=pytest.mark.matrix("processes: resume on 2, {mode}", "{adapter}"))
-            for adapter in BLOCKS
+            for adapter in ADAPTERS
             for mode in ("DDP", "FSDP2 full state dict")
             if (adapter in ("perft", "pt_moe") if mode == "DDP" else adapter != "lora")
         ),
-        pytest.param(
-            "lora",
-            "FSDP2 sharded state dict, cpu_ram_efficient_loading",
-            marks=pytest.mark.matrix("processes: resume on 2, FSDP2 sharded state dict", "lora"),
+        *(
+            pytest.param(
+                adapter,
+                "FSDP2 sharded state dict, cpu_ram_efficient_loading",
+                marks=pytest.mark.matrix("processes: resume on 2, FSDP2 sharded state dict", "{adapter}"),
+            )
+            for adapter in ("lora", "perft", "pt_moe")
         ),
     ],
 )
@@ -242,14 +211,17 @@ def test_the_host_resumes_from_a_part_of_lora(
 @pytest.mark.matrix("processes: 2, FSDP2, each process's part saved", "{adapter}")
 @pytest.mark.parametrize("adapter", OURS)
 def test_what_is_saved_has_each_process_part(
-    adapter: str, train: Callable[..., Run], folder: Path, base_model: Callable[[str], Path]
+    adapter: str,
+    train: Callable[..., Run],
+    start: Callable[[str, str], Path],
+    base_model: Callable[[str], Path],
 ) -> None:
     plugins = [SHIM, PLUGIN, "tests.cli.cpu_processes.FillParts"]
     run = train(adapter, "FSDP2 full state dict", "parts", plugins=plugins, learning_rate=0.0, max_steps=1)
     for saved in (run.folder, run.folder / "checkpoint-1"):
         base = AutoModelForCausalLM.from_pretrained(base_model("mixtral"))
         loaded = get_peft_model_state_dict(PeftModel.from_pretrained(base, saved))
-        assert loaded.keys() == adapter_tensors(folder / f"{adapter} start").keys()
+        assert loaded.keys() == adapter_tensors(start("mixtral", adapter)).keys()
         for name, tensor in loaded.items():
             parts = torch.chunk(torch.zeros_like(tensor), 2)
             expected = torch.cat([torch.full_like(part, rank + 1) for rank, part in enumerate(parts)])
@@ -257,7 +229,7 @@ def test_what_is_saved_has_each_process_part(
 
 
 @pytest.mark.matrix("processes: 2, FSDP2 bf16 base", "{adapter}")
-@pytest.mark.parametrize("adapter", BLOCKS)
+@pytest.mark.parametrize("adapter", ADAPTERS)
 def test_two_processes_with_a_bf16_base_do_what_one_does(adapter: str, train: Callable[..., Run]) -> None:
     # a random start, too: it has to be the same in every process. The host's differs, so the control has a saved one
     start = {} if adapter == "lora" else {"lora_model_dir": None}
@@ -276,12 +248,6 @@ def test_two_processes_with_a_bf16_base_do_what_one_does(adapter: str, train: Ca
 
 
 EDGES = {"DDP": "DDP", "FSDP2": "FSDP2 full state dict"}
-BALANCED = {
-    "perft": {"router_aux_loss_coef": 0.5, "base_router_aux_loss_coef": 0.5},
-    "perft embedded": {"base_router_aux_loss_coef": 0.5},
-    "perft dense": {"base_router_aux_loss_coef": 0.5},
-    "pt_moe": {"router_aux_loss_coef": 0.5},
-}
 
 
 @pytest.fixture(scope="module")
@@ -311,7 +277,7 @@ def train_edges(train: Callable[..., Run], edge_rows: Path) -> Callable[[str, st
             adapter,
             mode,
             "edges",
-            block=BALANCED.get(adapter),
+            balanced=True,
             datasets=[
                 {"path": str(edge_rows), "ds_type": "json"} | ({"expert": "a"} if adapter == "tt_lora_moe" else {})
             ],
@@ -328,7 +294,7 @@ def train_edges(train: Callable[..., Run], edge_rows: Path) -> Callable[[str, st
 
 @pytest.mark.matrix("processes: 2, {mode}: no token for an expert, a row of padding", "{adapter}")
 @pytest.mark.parametrize("mode", EDGES)
-@pytest.mark.parametrize("adapter", BLOCKS)
+@pytest.mark.parametrize("adapter", ADAPTERS)
 def test_a_process_without_tokens_for_some_parameters(
     adapter: str, mode: str, train_edges: Callable[[str, str | None], Run]
 ) -> None:
@@ -341,9 +307,9 @@ def test_a_process_without_tokens_for_some_parameters(
 
 @pytest.mark.matrix("processes: 2, launched by axolotl train", "perft")
 def test_the_real_command_trains_as_the_pool_does(
-    folder: Path, base_model: Callable[[str], Path], trained: Callable[[str, str | None], Run]
+    write_config: Callable[..., Path], trained: Callable[[str, str | None], Run]
 ) -> None:
-    config = write_config("perft", "DDP", folder, base_model("mixtral"), "command", None)
+    config = write_config("perft", "DDP", "command")
     launch = ("--launcher", "torchrun", "--", "--standalone", "--nproc_per_node=2")
     result = run_command("axolotl", "train", str(config), *launch, **CPU_PROCESSES, PYTHONPATH=str(ROOT))
     assert result.code == 0, result.output
@@ -356,11 +322,10 @@ def test_one_process_under_torchrun_needs_ddp(
     ddp: bool | None,
     code: int,
     axolotl: AxolotlPool,
-    folder: Path,
-    base_model: Callable[[str], Path],
+    write_config: Callable[..., Path],
 ) -> None:
     """Without it the host's DDP looks for unused parameters, which reentrant checkpointing does not allow."""
-    config = write_config(adapter, "DDP", folder, base_model("mixtral"), "alone", None, ddp=ddp)
+    config = write_config(adapter, "DDP", "alone", ddp=ddp)
     result = axolotl("train", config, processes=1, timeout=HANGS)
     assert result.code == code, result.error or result.output
     assert ("mark a variable ready only once" in result.output) == (code == 1)
