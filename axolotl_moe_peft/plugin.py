@@ -104,7 +104,8 @@ class MoePeftPlugin(BasePlugin):
                 raise ValueError(f"lora_model_dir: {cfg.lora_model_dir!r} cannot be loaded: {error}") from None
             _add_experts(model, config)
         else:
-            set_seed(cfg.seed)  # not yet the host's; and under FSDP2 each process keeps its part of its own start
+            # the host seeds later, and under FSDP2 each process keeps its part of its own start
+            set_seed(TrainingArguments.seed if cfg.seed is None else cfg.seed)
             model = get_peft_model(model, config, **kwargs)
         _log_what_is_trained(model, cfg)
         return model, config

@@ -227,6 +227,22 @@ def test_log_has_the_parameter_table(variant: str, trained: Callable[[str], Run]
     assert memory in run.output
 
 
+def test_the_start_is_that_of_the_seed_and_without_one_of_the_hosts(
+    axolotl: AxolotlPool, folder: Path, base_model: Callable[[str], Path], few_rows: Path
+) -> None:
+    starts = []
+    for seed in (None, 42, 43):
+        config = write_yaml(
+            folder / f"seed_{seed}.yaml", base_model("mixtral"), few_rows, seed=seed, learning_rate=0.0, max_steps=1
+        )
+        result = axolotl("train", config)
+        assert result.code == 0, result.output
+        starts.append(adapter_tensors(config.with_suffix("")))
+    name = next(name for name in starts[0] if "perft_router" in name)
+    assert torch.equal(starts[0][name], starts[1][name])
+    assert not torch.equal(starts[1][name], starts[2][name])
+
+
 def test_log_names_the_adapted_layers_where_not_all_have_experts(
     axolotl: AxolotlPool, folder: Path, few_rows: Path
 ) -> None:
