@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import warnings
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from .versions import check_version
 
@@ -18,22 +17,16 @@ from axolotl.loaders.utils import load_model_config  # noqa: E402
 from axolotl.utils.dict import DictDefault  # noqa: E402
 from axolotl.utils.logging import get_logger  # noqa: E402
 from peft import PeftConfig, PeftModel, get_peft_model  # noqa: E402
-from peft.tuners.tuners_utils import BaseTuner  # noqa: E402
 from safetensors import SafetensorError  # noqa: E402
-from torch import Tensor  # noqa: E402
-from torch.distributed.tensor import DTensor  # noqa: E402
 from transformers import (  # noqa: E402
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
     PreTrainedModel,
     Trainer,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length  # noqa: E402
 
 from .args import (  # noqa: E402
     CONFIGS,
@@ -44,6 +37,7 @@ from .args import (  # noqa: E402
     expert_names,
     own_fields,
 )
+from .callback import AdapterCallback  # noqa: E402
 from .dataset_experts import COLUMN, ExpertLabelCollator, tag_dataset  # noqa: E402
 from .pt_moe import PTMoeConfig  # noqa: E402
 from .summary import format_memory, format_table  # noqa: E402
@@ -117,83 +111,7 @@ class MoePeftPlugin(BasePlugin):
             _collate_expert_labels(trainer)
         if cfg.rl and "ref" in trainer.model.peft_config:
             _copy_into_reference(trainer.model)
-        if trainer.accelerator.is_fsdp2:
-            _shard_checkpoints(cfg, trainer)
         return [AdapterCallback(cfg, trainer)]
-
-
-class AdapterCallback(TrainerCallback):
-    """Checks the optimiser's parameters once, and puts the routers' figures on the host's log line."""
-
-    def __init__(self, cfg: DictDefault, trainer: Trainer) -> None:
-        self.cfg = cfg
-        self.trainer = trainer
-        self.fresh = not cfg.lora_model_dir
-        self.prediction_steps = 0
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.fresh = False
-        if not self.trainer.is_deepspeed_enabled:  # DeepSpeed's optimiser holds flat copies
-            _check_optimizer(kwargs["model"], kwargs["optimizer"])
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        auxiliary = getattr(self._tuner(kwargs["model"]), "auxiliary", None)
-        if self.cfg.rl and auxiliary is not None:  # these trainers compute the loss outside the model
-            scaler = self.trainer.accelerator.scaler
-            loss_scale = 1.0 if scaler is None else scaler.get_scale()
-            # fewer than args.gradient_accumulation_steps at the end of an epoch
-            auxiliary.loss_scale = loss_scale / self.trainer.current_gradient_accumulation_steps
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if control.should_log:
-            self._store(self._tuner(kwargs["model"]), "train")
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        accelerator = self.trainer.accelerator
-        if accelerator.is_fsdp2:  # else the host has saved it
-            tensors = _whole_adapter(kwargs["model"], accelerator.device)
-            if accelerator.is_main_process:
-                folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-                kwargs["model"].save_pretrained(folder, state_dict=tensors)
-
-    def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.prediction_steps += 1
-        # the host logs the evaluation before it tells of its end
-        batches = kwargs["eval_dataloader"]
-        if has_length(batches) and self.prediction_steps == len(batches):
-            self._store(self._tuner(kwargs["model"]), "eval")
-
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.prediction_steps = 0
-        if self.fresh:
-            LOG.warning("evaluated a new, untrained adapter; name the trained one's folder with --lora-model-dir")
-            self.fresh = False
-
-    def _tuner(self, model: torch.nn.Module) -> BaseTuner:
-        return self.trainer.accelerator.unwrap_model(model).base_model
-
-    def _store(self, tuner: BaseTuner, mode: Literal["train", "eval"]) -> None:
-        """Put what the tuner has recorded since the last time on the host's next log line."""
-        statistics = getattr(tuner, {"train": "statistics", "eval": "eval_statistics"}[mode], None)
-        if statistics is None:
-            return
-        figures = statistics.pop(lambda tensor: self.trainer.accelerator.reduce(tensor, "sum"))
-        if hasattr(self.trainer, "store_metrics"):
-            prefix = "eval_" if mode == "eval" else ""
-            self.trainer.store_metrics({f"{prefix}{name}": value for name, value in figures.items()}, train_eval=mode)
-        else:  # TRL's: lists, averaged for the log line
-            for name, value in figures.items():
-                self.trainer._metrics[mode][name].append(value)
 
 
 def _peft_config(cfg: DictDefault) -> PeftConfig:
@@ -287,28 +205,6 @@ def _copy_into_reference(model: PeftModel) -> None:
             model.get_parameter(f"{name.removesuffix('default')}ref").data.copy_(parameter.data)
 
 
-def _shard_checkpoints(cfg: DictDefault, trainer: Trainer) -> None:
-    """Save what every process holds: at the end the whole adapter, in checkpoints each process's part.
-
-    Of an adapter a checkpoint with a FULL_STATE_DICT has the first process's part alone (accelerate#4206), and from
-    checkpoints with a SHARDED_STATE_DICT the host would make the final adapter, rounded to bf16.
-    """
-    fsdp = trainer.accelerator.state.fsdp_plugin
-    fsdp.state_dict_config = fsdp.optim_state_dict_config = None  # those of the other type
-    fsdp.set_state_dict_type("SHARDED_STATE_DICT")
-    cfg.fsdp_config.final_state_dict_type = "FULL_STATE_DICT"
-    LOG.info("checkpoints have the adapter twice: whole, and for resuming as a SHARDED_STATE_DICT")
-
-
-def _whole_adapter(model: PeftModel, device: torch.device) -> dict[str, Tensor]:
-    """The adapter's tensors by their names in the model, gathered from the processes of FSDP2; each must call."""
-    return {
-        name: (tensor.to(device).full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
-        for name, tensor in model.state_dict().items()
-        if model.base_model.prefix in name
-    }
-
-
 def _log_what_is_trained(model: PeftModel, cfg: DictDefault) -> None:
     rows = model.base_model.parameter_rows()
     LOG.info("%s adapter attached, trainable parameters:\n%s", cfg.adapter, format_table(rows))
@@ -318,14 +214,3 @@ def _log_what_is_trained(model: PeftModel, cfg: DictDefault) -> None:
     layers = getattr(model.base_model, "adapted_layers", None)
     if layers is not None and len(layers) != model.config.get_text_config().num_hidden_layers:
         LOG.info("layers with an adapter: %s", ", ".join(map(str, layers)))
-
-
-def _check_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    optimised = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    trainable = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
-    missing = [name for key, name in trainable.items() if key not in optimised]
-    if missing or len(optimised) != len(trainable):
-        raise RuntimeError(
-            f"the optimiser holds {len(optimised)} parameters, the adapter has {len(trainable)}; not optimised: "
-            f"{missing[:5]}. They must be exactly the adapter's; check the `optimizer:` and learning-rate group keys."
-        )

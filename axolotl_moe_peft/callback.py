@@ -1,0 +1,128 @@
+"""AdapterCallback: what has to happen while Axolotl's trainer runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from axolotl.utils.dict import DictDefault
+from axolotl.utils.logging import get_logger
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
+
+LOG = get_logger(__name__)
+
+
+class AdapterCallback(TrainerCallback):
+    """Checks the optimiser's parameters once, puts the routers' figures on the host's log line, and saves the whole
+    adapter in checkpoints of FSDP2."""
+
+    def __init__(self, cfg: DictDefault, trainer: Trainer) -> None:
+        self.cfg = cfg
+        self.trainer = trainer
+        self.fresh = not cfg.lora_model_dir
+        self.prediction_steps = 0
+        if trainer.accelerator.is_fsdp2:
+            _shard_checkpoints(cfg, trainer)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.fresh = False
+        if not self.trainer.is_deepspeed_enabled:  # DeepSpeed's optimiser holds flat copies
+            _check_optimizer(kwargs["model"], kwargs["optimizer"])
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        auxiliary = getattr(self._tuner(kwargs["model"]), "auxiliary", None)
+        if self.cfg.rl and auxiliary is not None:  # these trainers compute the loss outside the model
+            scaler = self.trainer.accelerator.scaler
+            loss_scale = 1.0 if scaler is None else scaler.get_scale()
+            # fewer than args.gradient_accumulation_steps at the end of an epoch
+            auxiliary.loss_scale = loss_scale / self.trainer.current_gradient_accumulation_steps
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if control.should_log:
+            self._store(self._tuner(kwargs["model"]), "train")
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        accelerator = self.trainer.accelerator
+        if accelerator.is_fsdp2:  # else the host has saved it
+            tensors = _whole_adapter(kwargs["model"], accelerator.device)
+            if accelerator.is_main_process:
+                folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+                kwargs["model"].save_pretrained(folder, state_dict=tensors)
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.prediction_steps += 1
+        # the host logs the evaluation before it tells of its end
+        batches = kwargs["eval_dataloader"]
+        if has_length(batches) and self.prediction_steps == len(batches):
+            self._store(self._tuner(kwargs["model"]), "eval")
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.prediction_steps = 0
+        if self.fresh:
+            LOG.warning("evaluated a new, untrained adapter; name the trained one's folder with --lora-model-dir")
+            self.fresh = False
+
+    def _tuner(self, model: torch.nn.Module) -> BaseTuner:
+        return self.trainer.accelerator.unwrap_model(model).base_model
+
+    def _store(self, tuner: BaseTuner, mode: Literal["train", "eval"]) -> None:
+        """Put what the tuner has recorded since the last time on the host's next log line."""
+        statistics = getattr(tuner, {"train": "statistics", "eval": "eval_statistics"}[mode], None)
+        if statistics is None:
+            return
+        figures = statistics.pop(lambda tensor: self.trainer.accelerator.reduce(tensor, "sum"))
+        if hasattr(self.trainer, "store_metrics"):
+            prefix = "eval_" if mode == "eval" else ""
+            self.trainer.store_metrics({f"{prefix}{name}": value for name, value in figures.items()}, train_eval=mode)
+        else:  # TRL's: lists, averaged for the log line
+            for name, value in figures.items():
+                self.trainer._metrics[mode][name].append(value)
+
+
+def _shard_checkpoints(cfg: DictDefault, trainer: Trainer) -> None:
+    """Save what every process holds: at the end the whole adapter, in checkpoints each process's part.
+
+    Of an adapter a checkpoint with a FULL_STATE_DICT has the first process's part alone (accelerate#4206), and from
+    checkpoints with a SHARDED_STATE_DICT the host would make the final adapter, rounded to bf16.
+    """
+    fsdp = trainer.accelerator.state.fsdp_plugin
+    fsdp.state_dict_config = fsdp.optim_state_dict_config = None  # those of the other type
+    fsdp.set_state_dict_type("SHARDED_STATE_DICT")
+    cfg.fsdp_config.final_state_dict_type = "FULL_STATE_DICT"
+    LOG.info("checkpoints have the adapter twice: whole, and for resuming as a SHARDED_STATE_DICT")
+
+
+def _whole_adapter(model: PeftModel, device: torch.device) -> dict[str, Tensor]:
+    """The adapter's tensors by their names in the model, gathered from the processes of FSDP2; each must call."""
+    return {
+        name: (tensor.to(device).full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+        for name, tensor in model.state_dict().items()
+        if model.base_model.prefix in name
+    }
+
+
+def _check_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    optimised = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    trainable = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    missing = [name for key, name in trainable.items() if key not in optimised]
+    if missing or len(optimised) != len(trainable):
+        raise RuntimeError(
+            f"the optimiser holds {len(optimised)} parameters, the adapter has {len(trainable)}; not optimised: "
+            f"{missing[:5]}. They must be exactly the adapter's; check the `optimizer:` and learning-rate group keys."
+        )
