@@ -183,7 +183,7 @@ def test_the_saved_adapter_continues_on_the_quantised_base_where_it_was(
 
 @torch.no_grad()
 @pytest.mark.matrix(
-    "base: load_in_4bit, merging", "tt_lora", cell="refused: its weights would have to be rounded again"
+    "base: load_in_4bit, merge_and_unload", "tt_lora", cell="refused: its weights would have to be rounded again"
 )
 def test_tt_lora_refuses_to_merge_into_a_quantised_base(trained: Callable[[str, str], Run], folder: Path) -> None:
     model = PeftModel.from_pretrained(quantised_base(folder), trained("4bit", "tt_lora").output_dir).eval()
@@ -195,7 +195,7 @@ def test_tt_lora_refuses_to_merge_into_a_quantised_base(trained: Callable[[str, 
     assert torch.equal(model(ids).logits, before)
 
 
-@pytest.mark.matrix("base: load_in_4bit, merging", "tt_lora", cell="CPU")
+@pytest.mark.matrix("base: load_in_4bit, merge-lora into full precision", "tt_lora")
 def test_merge_lora_merges_into_the_base_in_full_precision(
     axolotl: AxolotlPool, trained: Callable[[str, str], Run], folder: Path
 ) -> None:
