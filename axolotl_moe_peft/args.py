@@ -195,6 +195,12 @@ class MoePeftArgs(BaseModel):
             raise ValueError("`load_in_4bit` and `load_in_8bit` are both given; remove one.")
         if adapter == "tt_lora_moe" and data.get("pretraining_dataset"):
             raise ValueError("`pretraining_dataset` has no `expert:` for the router to learn; use `datasets`.")
+        if adapter == "tt_lora_moe" and data.get("deepspeed"):
+            raise ValueError(
+                "`deepspeed` does not work with `adapter: tt_lora_moe`: what is frozen, its experts too, is left out "
+                "of DeepSpeed's checkpoints and, with ZeRO-3, of the saved adapter. Remove the key, or shard the base "
+                "with `fsdp_version: 2` and `fsdp_config`."
+            )
         if data.get("rl") and adapter in _SUPERVISED_ONLY:
             raise ValueError(
                 f"`rl: {data['rl']}` does not work with `adapter: {adapter}`: {_SUPERVISED_ONLY[adapter]}."

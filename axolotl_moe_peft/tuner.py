@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -68,6 +70,20 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype of a matrix product with x, as autocast would have it for its own operations."""
     device_type = x.device.type
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
+
+
+def whole(parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
+    """Where a base's parameters can be read outside its forward pass: DeepSpeed's ZeRO-3 loads it in parts.
+
+    Every process must enter with the same parameters.
+    """
+    # PEFT's own gather_params_ctx asks transformers, which under Axolotl has forgotten by then
+    parts = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not parts:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parts)
 
 
 def _enumerate(keys: set[str], most: int = 6) -> str:

@@ -398,3 +398,12 @@ def test_liger_losses_of_rl_are_refused_where_router_losses_act(keys: dict[str, 
     for block in ({"router_aux_loss_coef": 0.0}, {"variant": "dense"}):
         assert load(**keys, perft=block).rl
     assert load(**keys, **keys_of("tt_lora", {})).rl
+
+
+@pytest.mark.matrix("processes: 2, DeepSpeed", "tt_lora_moe", cell="refused: its checkpoints lack the frozen experts")
+@pytest.mark.parametrize("deepspeed", ["zero2.json", {"zero_optimization": {"stage": 3}}], ids=["path", "dict"])
+def test_deepspeed_is_refused_where_the_adapter_has_frozen_parts(deepspeed: str | dict[str, Any], load: Load) -> None:
+    block = {"experts": [{"name": "a", "path": "./a"}]}
+    datasets = [{"path": "rows.jsonl", "type": "chat_template", "expert": "a"}]
+    with pytest.raises(ValueError, match="`deepspeed` does not work .* `fsdp_version: 2`"):
+        load(**keys_of("tt_lora_moe", block), datasets=datasets, deepspeed=deepspeed)

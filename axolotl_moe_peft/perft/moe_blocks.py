@@ -21,6 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..tuner import whole
 from .moe_families import BaseRouting, Family, family_of
 
 ROUTER_NAMES = ("gate", "router")
@@ -137,10 +138,12 @@ class MoeBlock:
             handles.append(self.experts.register_forward_pre_hook(note_experts, with_kwargs=True))
         if "input_ids" in inspect.signature(called.forward).parameters:  # DeepSeek V4 routes by token in some layers
             arguments["input_ids"] = hidden_states.new_zeros(hidden_states.shape[:-1], dtype=torch.int64)
+        experts = set() if self.experts is None else set(self.experts.parameters())
+        read = [p for p in called.parameters() if p not in experts]
         training = called.training
         called.eval()  # no jitter: the random numbers of training stay where they were
         try:
-            with _autocast(hidden_states):
+            with whole(read), _autocast(hidden_states):
                 called(hidden_states, **arguments)
         except _ProbeDone:
             pass

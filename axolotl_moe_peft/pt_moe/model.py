@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from ..auxiliary import AuxiliaryLosses
 from ..summary import ParameterRow, parameter_row
-from ..tuner import Tuner
+from ..tuner import Tuner, whole
 from .config import PTMoeConfig
 from .layer import PTMoeLayer, generation
 
@@ -131,7 +131,9 @@ class PTMoeModel(Tuner):
         layer, weight = self._layer, target.weight
         layer.update_layer(adapter_name, peft_config, self.model.config.get_text_config().hidden_size, weight.device)
         if not layer.ptmoe_experts[adapter_name].is_meta:  # else it is loaded, or materialised from another process
-            layer.reset_parameters(adapter_name, self._initial_embeddings(adapter_name, peft_config, target))
+            with whole([weight]):
+                embeddings_NTD = self._initial_embeddings(adapter_name, peft_config, target)
+            layer.reset_parameters(adapter_name, embeddings_NTD)
 
     @torch.no_grad()
     def _initial_embeddings(self, adapter_name: str, config: PTMoeConfig, embedding: nn.Module) -> Tensor:
