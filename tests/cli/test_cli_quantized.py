@@ -135,7 +135,7 @@ def test_the_first_step_is_that_of_the_hosts_own_adapter(
 ) -> None:
     control = trained(bits, {"4bit": "qlora", "8bit": "lora"}[bits]).losses[0]
     # in 8 bits the control multiplies by the experts in float32, ours in bf16 as without quantisation
-    assert trained(bits, adapter).losses[0] == pytest.approx(control, rel={"4bit": 1e-6, "8bit": 1.5e-4}[bits])
+    assert trained(bits, adapter).losses[0] == pytest.approx(control, rel={"4bit": 1e-5, "8bit": 4e-4}[bits])
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -146,8 +146,8 @@ def test_the_first_step_is_not_that_of_the_base_in_full_precision(
     full = AutoModelForCausalLM.from_pretrained(folder / "base")
     if bits == "8bit":
         with torch.autocast("cpu", torch.bfloat16):
-            # 1.5e-4 apart at most, if it were the same base
-            assert abs(found / loss_of(full.bfloat16(), folder) - 1) > 2e-4
+            # 4e-4 apart at most, if it were the same base
+            assert abs(found / loss_of(full.bfloat16(), folder) - 1) > 6e-4
     else:
         assert abs(found / loss_of(full, folder) - 1) > 2e-4
         assert found == pytest.approx(loss_of(quantised_base(folder), folder), rel=1e-5)  # float32
@@ -225,7 +225,7 @@ def test_lora_model_dir_continues_on_a_quantised_base(
         "--max-steps=1",
     )
     assert result.code == 0, result.output
-    assert log_history(out)[0]["loss"] == pytest.approx(run.losses[1], rel=1e-6)  # the rows in another order
+    assert log_history(out)[0]["loss"] == pytest.approx(run.losses[1], rel=1e-5)  # the rows in another order
     assert adapter_tensors(out).keys() == adapter_tensors(run.output_dir).keys()
 
 
