@@ -8,14 +8,13 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.cli.adapters import ADAPTERS, adapter_keys, dataset_keys
-from tests.cli.cli_helpers import AxolotlPool, adapter_tensors, log_history, write_rows, write_yaml
+from tests.cli.adapters import ADAPTERS
+from tests.cli.cli_helpers import AxolotlPool
 
 pytestmark = pytest.mark.gpu
 
@@ -50,36 +49,15 @@ def axolotl(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AxolotlPool]:
 
 
 @pytest.fixture(scope="module")
-def train(
-    axolotl: AxolotlPool,
-    base_model: Callable[[str], Path],
-    tmp_path_factory: pytest.TempPathFactory,
-    experts: Callable[[str], Path],
-    start: Callable[[str, str], Path],
-) -> Callable[[str, str, bool], tuple[list[dict[str, float]], dict[str, torch.Tensor]]]:
+def train(train_from_start: Callable[..., tuple]) -> Callable[[str, str, bool], tuple]:
     """`train(kernels, adapter, on)`: log lines and saved adapter of two steps with or without those kernels."""
-    folder = tmp_path_factory.mktemp("kernels")
-    rows = write_rows(folder / "rows.jsonl", ((f"what is {i}?", "ok" * (1 + i)) for i in range(4)))
 
     @functools.cache
-    def run(kernels: str, adapter: str, on: bool) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+    def run(kernels: str, adapter: str, on: bool) -> tuple:
         settings, precision, _ = SETTINGS[kernels]
-        config = write_yaml(
-            folder / f"{kernels} {adapter} {on}.yaml",
-            base_model("mixtral"),
-            rows,
-            **adapter_keys(adapter, experts("mixtral")) | dataset_keys(adapter, rows) | precision,
-            **(settings if on else {}),
-            lora_model_dir=str(start("mixtral", adapter)),
-            gradient_checkpointing=True,
-            max_steps=2,
-            optimizer="sgd",
-            learning_rate=0.1,
-            max_grad_norm=1e6,
-        )
-        result = axolotl("train", config)
-        assert result.code == 0, result.output
-        return log_history(config.with_suffix("")), adapter_tensors(config.with_suffix(""))
+        keys = precision | (settings if on else {})
+        lines, tensors, _ = train_from_start("mixtral", adapter, f"{kernels} {on}", max_steps=2, **keys)
+        return lines, tensors
 
     return run
 

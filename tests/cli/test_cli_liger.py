@@ -5,14 +5,13 @@ It runs rotary embeddings, dense SwiGLU and the fused linear cross-entropy; RMSN
 
 import functools
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.cli.adapters import ADAPTERS, adapter_keys, dataset_keys
-from tests.cli.cli_helpers import AxolotlPool, adapter_tensors, log_history, write_rows, write_yaml
+from tests.cli.adapters import ADAPTERS
+from tests.cli.cli_helpers import AxolotlPool
 
 OURS, LIGER = "axolotl_moe_peft.MoePeftPlugin", "axolotl.integrations.liger.LigerPlugin"
 KERNELS = {"liger_rope": True, "liger_fused_linear_cross_entropy": True}
@@ -33,36 +32,14 @@ def axolotl(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AxolotlPool]:
 
 
 @pytest.fixture(scope="module")
-def train(
-    axolotl: AxolotlPool,
-    base_model: Callable[[str], Path],
-    tmp_path_factory: pytest.TempPathFactory,
-    experts: Callable[[str], Path],
-    start: Callable[[str, str], Path],
-) -> Callable[[str, str, str], tuple[list[dict[str, float]], dict[str, torch.Tensor]]]:
+def train(train_from_start: Callable[..., tuple]) -> Callable[[str, str, str], tuple]:
     """`train(family, adapter, name)`: log lines and saved adapter of a step with the settings of that name."""
-    folder = tmp_path_factory.mktemp("liger")
-    rows = write_rows(folder / "rows.jsonl", ((f"what is {i}?", "ok" * (1 + i)) for i in range(4)))
 
     @functools.cache
-    def run(family: str, adapter: str, name: str) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
-        config = write_yaml(
-            folder / f"{family} {adapter} {name}.yaml",
-            base_model(family),
-            rows,
-            **adapter_keys(adapter, experts(family)) | dataset_keys(adapter, rows) | SETTINGS[name],
-            lora_model_dir=str(start(family, adapter)),
-            gradient_checkpointing=True,
-            max_steps=1,
-            optimizer="sgd",
-            learning_rate=0.1,
-            max_grad_norm=1e6,
-        )
-        result = axolotl("train", config)
-        assert result.code == 0, result.output
-        if name != "without":
-            assert "Applying LIGER" in result.output
-        return log_history(config.with_suffix("")), adapter_tensors(config.with_suffix(""))
+    def run(family: str, adapter: str, name: str) -> tuple:
+        lines, tensors, output = train_from_start(family, adapter, name, **SETTINGS[name])
+        assert ("Applying LIGER" in output) == (name != "without")
+        return lines, tensors
 
     return run
 
