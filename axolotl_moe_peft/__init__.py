@@ -41,7 +41,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "MoePeftPlugin":
-        from .plugin import MoePeftPlugin
+        from .host.plugin import MoePeftPlugin
 
         return MoePeftPlugin
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

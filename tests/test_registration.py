@@ -55,7 +55,7 @@ else:
     raise AssertionError
 loaded = {name.partition(".")[0] for name in sys.modules}
 assert not loaded & {"axolotl", "trl", "liger_kernel"}, loaded & {"axolotl", "trl", "liger_kernel"}
-assert "axolotl_moe_peft.plugin" not in sys.modules
+assert "axolotl_moe_peft.host.plugin" not in sys.modules
 
 plugin = axolotl_moe_peft.MoePeftPlugin
 from axolotl.integrations.base import BasePlugin, PluginManager

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from ..auxiliary import AuxiliaryLosses, ForwardPass, add_auxiliary_loss
-from ..routing import expert_counts, load_balancing_loss, router_z_loss, top_k_routing
-from ..tuner import TunerLayer, compute_dtype
+from ..shared.auxiliary import AuxiliaryLosses, ForwardPass, add_auxiliary_loss
+from ..shared.routing import expert_counts, load_balancing_loss, router_z_loss, top_k_routing
+from ..shared.tuner import TunerLayer, compute_dtype
 from .config import PerftConfig
 from .dispatch import dispatch, gather_mm, pad_rank, scatter_mm
 from .moe_blocks import MoeBlock

@@ -7,9 +7,9 @@ from typing import Any
 from peft import PeftConfig
 from torch import nn
 
-from ..auxiliary import AuxiliaryLosses
-from ..summary import ParameterRow, parameter_row
-from ..tuner import Tuner
+from ..shared.auxiliary import AuxiliaryLosses
+from ..shared.summary import ParameterRow, parameter_row
+from ..shared.tuner import Tuner
 from .config import PerftConfig
 from .layer import PerftLayer
 from .moe_blocks import MoeBlock, select_moe_blocks

@@ -21,7 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..tuner import whole
+from ..shared.tuner import whole
 from .moe_families import BaseRouting, Family, family_of
 
 ROUTER_NAMES = ("gate", "router")

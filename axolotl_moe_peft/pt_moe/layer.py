@@ -20,9 +20,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import Cache
 
-from ..auxiliary import AuxiliaryLosses, add_auxiliary_loss
-from ..batches import Sequences, find_sequences
-from ..routing import expert_counts, load_balancing_loss, top_k_routing
+from ..shared.auxiliary import AuxiliaryLosses, add_auxiliary_loss
+from ..shared.batches import Sequences, find_sequences
+from ..shared.routing import expert_counts, load_balancing_loss, top_k_routing
 from .config import PTMoeConfig
 from .layout import Layout
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..batches import Sequences
+from ..shared.batches import Sequences
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from ..auxiliary import AuxiliaryLosses
-from ..summary import ParameterRow, parameter_row
-from ..tuner import Tuner, whole
+from ..shared.auxiliary import AuxiliaryLosses
+from ..shared.summary import ParameterRow, parameter_row
+from ..shared.tuner import Tuner, whole
 from .config import PTMoeConfig
 from .layer import PTMoeLayer, generation
 

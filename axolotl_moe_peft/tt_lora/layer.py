@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..tuner import TunerLayer, compute_dtype
+from ..shared.tuner import TunerLayer, compute_dtype
 from .config import TTLoraConfig
 from .factors import Factors
 

@@ -8,8 +8,8 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
-from ..summary import ParameterRow, parameter_row
-from ..tuner import Tuner
+from ..shared.summary import ParameterRow, parameter_row
+from ..shared.tuner import Tuner
 from .config import TTLoraConfig
 from .factors import Factors, auto_factors, check_product
 from .layer import TTLoraLinear, linear_shape

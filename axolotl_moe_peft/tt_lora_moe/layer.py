@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..shared.tuner import TunerLayer, compute_dtype
 from ..tt_lora.layer import RANK_MULTIPLE, build_matrices, linear_shape
-from ..tuner import TunerLayer, compute_dtype
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ..auxiliary import RouterStatistics, share_of_accumulated_batch
-from ..batches import IGNORE_INDEX, Sequences, find_sequences
-from ..summary import ParameterRow, parameter_row
-from ..tuner import Tuner
+from ..shared.auxiliary import RouterStatistics, share_of_accumulated_batch
+from ..shared.batches import IGNORE_INDEX, Sequences, find_sequences
+from ..shared.summary import ParameterRow, parameter_row
+from ..shared.tuner import Tuner
 from .config import TTLoraMoeConfig, check_expert_entry
 from .experts import Expert, check_same_modules, load_expert, load_experts
 from .layer import Choice, TTLoraPoolLinear

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..tuner import TunerLayer
+from ..shared.tuner import TunerLayer
 from .config import TTLoraMoeConfig
 
 _MLP_WIDTH = 1024  # the authors'

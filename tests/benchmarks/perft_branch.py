@@ -17,7 +17,7 @@ from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from axolotl_moe_peft import PerftConfig
 from axolotl_moe_peft.perft.layer import PerftLayer
-from axolotl_moe_peft.routing import top_k_routing
+from axolotl_moe_peft.shared.routing import top_k_routing
 
 TOKENS, HIDDEN, RANK, ALPHA, TOP_K = 2048, 2048, 16, 32, 2
 NUM_EXPERTS = (4, 8, 16, 64)

@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from axolotl_moe_peft import TTLoraConfig
-from axolotl_moe_peft.args import CONFIGS
+from axolotl_moe_peft.host.args import CONFIGS
 
 N, K, RANK, ALPHA = 8, 2, 4, 8
 # large enough to be a good part of the gradient

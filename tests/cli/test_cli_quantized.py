@@ -18,7 +18,7 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from axolotl_moe_peft import TTLoraConfig
-from axolotl_moe_peft.args import CONFIGS
+from axolotl_moe_peft.host.args import CONFIGS
 from tests.cli.cli_helpers import (
     AxolotlPool,
     adapter_tensors,

@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model
 from transformers import MixtralConfig, MixtralForCausalLM, OlmoeConfig, OlmoeForCausalLM, PreTrainedModel
 
 from axolotl_moe_peft import PerftConfig
-from axolotl_moe_peft.summary import format_table
+from axolotl_moe_peft.shared.summary import format_table
 
 # allenai/OLMoE-1B-7B-0924 and mistralai/Mixtral-8x7B-v0.1: (configuration class, model class, sizes)
 BASES = {

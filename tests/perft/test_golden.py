@@ -19,7 +19,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, OlmoeConfig, OlmoeFo
 from axolotl_moe_peft import PerftConfig
 from axolotl_moe_peft.perft import PerftLayer
 from axolotl_moe_peft.perft import layer as layer_module
-from axolotl_moe_peft.routing import load_balancing_loss, top_k_routing
+from axolotl_moe_peft.shared.routing import load_balancing_loss, top_k_routing
 
 GOLDEN = dict(np.load(Path(__file__).parents[1] / "golden" / "perft_golden.npz", allow_pickle=False))
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from axolotl_moe_peft import PerftConfig
 from axolotl_moe_peft.perft import PerftLayer
-from axolotl_moe_peft.summary import format_table
+from axolotl_moe_peft.shared.summary import format_table
 from tests.tiny_models import FAMILIES, PAD, random_ids, randomise_adapters, tiny_model
 
 VARIANTS = {

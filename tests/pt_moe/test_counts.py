@@ -8,7 +8,7 @@ from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from axolotl_moe_peft import PTMoeConfig
-from axolotl_moe_peft.summary import format_table
+from axolotl_moe_peft.shared.summary import format_table
 
 # meta-llama/Llama-3.2-1B
 LLAMA = LlamaConfig(

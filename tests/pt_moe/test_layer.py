@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import BloomConfig, BloomForCausalLM
 from transformers.modeling_flash_attention_utils import _is_packed_sequence, prepare_fa_kwargs_from_position_ids
 
-from axolotl_moe_peft.routing import load_balancing_loss
+from axolotl_moe_peft.shared.routing import load_balancing_loss
 from tests.pt_moe.prompts import (
     FAMILIES,
     SETTINGS,

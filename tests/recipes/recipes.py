@@ -14,7 +14,7 @@ import yaml
 from peft import PeftModel, get_peft_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from axolotl_moe_peft.args import CONFIGS
+from axolotl_moe_peft.host.args import CONFIGS
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "example_yamls"

@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, RobertaConfig, RobertaModel
 
 from axolotl_moe_peft import TTLoraConfig
-from axolotl_moe_peft.summary import format_table
+from axolotl_moe_peft.shared.summary import format_table
 
 # meta-llama/Llama-3.2-1B, Llama-3.2-3B, Llama-3.1-8B, Llama-3.1-70B: width, heads, layers, inner width
 LLAMAS = {

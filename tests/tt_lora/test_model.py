@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from axolotl_moe_peft import TTLoraConfig
-from axolotl_moe_peft.summary import format_table
+from axolotl_moe_peft.shared.summary import format_table
 from axolotl_moe_peft.tt_lora import TTLoraLinear
 from tests.tiny_models import PAD, random_ids, tiny_model
 

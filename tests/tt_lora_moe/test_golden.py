@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from axolotl_moe_peft import TTLoraConfig, TTLoraMoeConfig
-from axolotl_moe_peft.batches import find_sequences
+from axolotl_moe_peft.shared.batches import find_sequences
 from axolotl_moe_peft.tt_lora_moe import PromptRouter, TTLoraPoolLinear
 from axolotl_moe_peft.tt_lora_moe.layer import Choice, ExpertShapes
 

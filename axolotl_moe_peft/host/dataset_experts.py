@@ -20,7 +20,7 @@ from axolotl.utils.schemas.datasets import SFTDataset
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from .batches import IGNORE_INDEX
+from ..shared.batches import IGNORE_INDEX
 
 COLUMN = "expert_labels"
 

@@ -7,7 +7,7 @@ import dataclasses
 import warnings
 from typing import Any
 
-from .versions import check_version
+from ..versions import check_version
 
 check_version("axolotl")
 
@@ -28,6 +28,9 @@ from transformers import (  # noqa: E402
     set_seed,
 )
 
+from ..pt_moe import PTMoeConfig  # noqa: E402
+from ..shared.summary import format_memory, format_table  # noqa: E402
+from ..tt_lora_moe import TTLoraMoeConfig  # noqa: E402
 from .args import (  # noqa: E402
     CONFIGS,
     check_datasets,
@@ -39,9 +42,6 @@ from .args import (  # noqa: E402
 )
 from .callback import AdapterCallback  # noqa: E402
 from .dataset_experts import COLUMN, ExpertLabelCollator, tag_dataset  # noqa: E402
-from .pt_moe import PTMoeConfig  # noqa: E402
-from .summary import format_memory, format_table  # noqa: E402
-from .tt_lora_moe import TTLoraMoeConfig  # noqa: E402
 
 LOG = get_logger(__name__)
 
@@ -62,7 +62,7 @@ class MoePeftPlugin(BasePlugin):
             tag_dataset(dataset, names)
 
     def get_input_args(self) -> str:
-        return "axolotl_moe_peft.args.MoePeftArgs"
+        return "axolotl_moe_peft.host.args.MoePeftArgs"
 
     def get_adapter_capabilities(self) -> list[AdapterCapabilities]:
         return [AdapterCapabilities(name=name) for name in CONFIGS]

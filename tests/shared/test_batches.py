@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from axolotl_moe_peft.batches import Sequences, find_sequences, real_token_mask
+from axolotl_moe_peft.shared.batches import Sequences, find_sequences, real_token_mask
 
 
 def mask_of(**batch) -> list[int]:

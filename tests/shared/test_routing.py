@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from axolotl_moe_peft.routing import expert_counts, load_balancing_loss, router_z_loss, top_k_routing, usage_figures
+from axolotl_moe_peft.shared.routing import (
+    expert_counts,
+    load_balancing_loss,
+    router_z_loss,
+    top_k_routing,
+    usage_figures,
+)
 
 
 def logits(num_tokens: int, num_experts: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:

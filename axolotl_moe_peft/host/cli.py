@@ -2,7 +2,7 @@
 
 import click
 
-from .tt_lora.export import export_to_lora
+from ..tt_lora.export import export_to_lora
 
 
 @click.command("export-tt-lora", short_help="write a TT-LoRA adapter as a plain PEFT LoRA")

@@ -11,12 +11,12 @@ from typing import Any, get_type_hints
 from peft import PeftConfig
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
+from ..perft import PerftConfig
+from ..pt_moe import PTMoeConfig
+from ..tt_lora import TTLoraConfig
+from ..tt_lora_moe import TTLoraMoeConfig
+from ..tt_lora_moe.experts import could_be_on_the_hub, read_expert
 from .host_keys import BITS_AND_BYTES, check_host_keys
-from .perft import PerftConfig
-from .pt_moe import PTMoeConfig
-from .tt_lora import TTLoraConfig
-from .tt_lora_moe import TTLoraMoeConfig
-from .tt_lora_moe.experts import could_be_on_the_hub, read_expert
 
 CONFIGS: dict[str, type[PeftConfig]] = {
     "perft": PerftConfig,

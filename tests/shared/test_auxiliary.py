@@ -8,9 +8,10 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
-from axolotl_moe_peft import PerftConfig, auxiliary, routing
+from axolotl_moe_peft import PerftConfig
 from axolotl_moe_peft.perft import PerftLayer
 from axolotl_moe_peft.perft import layer as perft_layer
+from axolotl_moe_peft.shared import auxiliary, routing
 from tests.tiny_models import FAMILIES, PAD, random_ids, randomise_adapters, tiny_model
 
 COEFS = {"router_aux_loss_coef": 0.3, "router_z_loss_coef": 0.05, "base_router_aux_loss_coef": 0.2}

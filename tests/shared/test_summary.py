@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from axolotl_moe_peft.summary import _OPTIMIZER_STATES, format_memory, parameter_row
+from axolotl_moe_peft.shared.summary import _OPTIMIZER_STATES, format_memory, parameter_row
 
 # those whose states can be made without a GPU
 ON_CPU = sorted(set(_OPTIMIZER_STATES) - {name for name in _OPTIMIZER_STATES if name.startswith("paged")})

@@ -1,0 +1,1 @@
+"""What knows Axolotl: the plugin, its YAML blocks and their checks, its callback, its sub-commands."""

@@ -1,0 +1,1 @@
+"""What the methods share and what knows neither a method nor Axolotl."""
