@@ -21,7 +21,7 @@ def add_peft_type(name: str) -> None:
     member = str.__new__(PeftType, name)
     member._name_ = member._value_ = name
     member._sort_order_ = len(PeftType)
-    type.__setattr__(PeftType, name, member)
+    type.__setattr__(PeftType, name, member)  # nosemgrep: no-patching-of-others
     PeftType._member_names_.append(name)
     PeftType._member_map_[name] = member
     PeftType._value2member_map_[name] = member

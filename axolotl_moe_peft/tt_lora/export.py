@@ -119,7 +119,7 @@ def _architecture(config: PeftConfig) -> torch.nn.Module | None:
     base = config.base_model_name_or_path
     try:
         with torch.device("meta"):
-            return AutoModel.from_config(AutoConfig.from_pretrained(base)) if base else None
+            return AutoModel.from_config(AutoConfig.from_pretrained(base, revision=config.revision)) if base else None
     except (OSError, ValueError) as error:
         LOG.warning("no configuration of the base model %r (%s); taking its layers for nn.Linear", base, error)
         return None
