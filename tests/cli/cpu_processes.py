@@ -1,14 +1,16 @@
 """Lets Axolotl train in several processes on CPUs (gloo), which the host keeps to accelerators. For tests only.
 
 List `tests.cli.cpu_processes.CpuProcesses` as the first plugin and launch with torchrun and ACCELERATE_USE_CPU=true.
-Four places stand in the way: the device map is that of a GPU, the device mesh is built for CUDA, accelerate does not
-look at the FSDP settings of CPU processes, and gives CPUs numbers (cpu:0), to which torch loads no optimiser's state.
+Five places stand in the way: a torch with CUDA is asked whether the processes' GPUs reach each other, the device map is
+that of a GPU, the device mesh is built for CUDA, accelerate does not look at the FSDP settings of CPU processes, and
+gives CPUs numbers (cpu:0), to which torch loads no optimiser's state.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import axolotl.utils.trainer
 import torch
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import AcceleratorState, PartialState
@@ -46,6 +48,7 @@ class CpuProcesses(BasePlugin):
     """The patches."""
 
     def register(self, cfg: dict[str, Any]) -> None:
+        axolotl.utils.trainer.check_cuda_p2p_ib_support = lambda: True
         PartialState.set_device = _set_device_without_index
         ParallelismConfig.build_device_mesh = _cpu_device_mesh
         AcceleratorState.__init__ = _init_with_fsdp

@@ -254,15 +254,16 @@ EDGES = {"DDP": "DDP", "FSDP2": "FSDP2 full state dict"}
 def edge_rows(folder: Path) -> Path:
     """Rows in batches of one, of which every second is the second process's.
 
-    First the shortest row that the host keeps: one supervised token, and of eight experts at most four have a token
-    in it, of an adapter's two experts per sequence one. Then a row that is all padding.
+    First the shortest row that the host keeps: of eight experts at most four have a token in it, of an adapter's two
+    experts per sequence one. Then a row that is all padding. Each row has one supervised token: the host averages
+    processes, `lora`'s too, and since 0.21 tokens where it accumulates.
     """
     long = list(range(40, 60))
     rows = [
-        {"input_ids": long, "attention_mask": [1] * 20, "labels": [-100] * 5 + long[5:]},
+        {"input_ids": long, "attention_mask": [1] * 20, "labels": [-100] * 19 + long[-1:]},
         {"input_ids": [70, 71], "attention_mask": [1, 1], "labels": [-100, 71]},
         {"input_ids": [0, 0, 0], "attention_mask": [0, 0, 0], "labels": [-100, -100, 0]},
-        {"input_ids": long[::-1], "attention_mask": [1] * 20, "labels": [-100] * 5 + long[-6::-1]},
+        {"input_ids": long[::-1], "attention_mask": [1] * 20, "labels": [-100] * 19 + long[:1]},
     ]
     path = folder / "edges.jsonl"
     path.write_text("".join(json.dumps(row | {"expert_labels": [i % 2]}) + "\n" for i, row in enumerate(rows)))
