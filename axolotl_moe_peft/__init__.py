@@ -4,27 +4,10 @@ Importing the package registers its methods with PEFT. It imports neither axolot
 plugin, is resolved when it is asked for.
 """
 
+import sys
 from typing import Any
 
-from .versions import check_version
-
-check_version("transformers")
-check_version("peft")
-
-from .registration import add_peft_type, register  # noqa: E402
-
-for _name in ("PERFT", "TT_LORA", "TT_LORA_MOE", "PT_MOE"):
-    add_peft_type(_name)
-
-from .perft import PerftConfig, PerftModel  # noqa: E402
-from .pt_moe import PTMoeConfig, PTMoeModel  # noqa: E402
-from .tt_lora import TTLoraConfig, TTLoraModel  # noqa: E402
-from .tt_lora_moe import TTLoraMoeConfig, TTLoraMoeModel  # noqa: E402
-
-register("perft", PerftConfig, PerftModel)
-register("tt_lora", TTLoraConfig, TTLoraModel)
-register("tt_lora_moe", TTLoraMoeConfig, TTLoraMoeModel)
-register("pt_moe", PTMoeConfig, PTMoeModel)
+from .versions import check_versions
 
 __all__ = [
     "MoePeftPlugin",
@@ -38,12 +21,32 @@ __all__ = [
     "TTLoraMoeModel",
 ]
 
+_unusable: str | None = None  # why, in a process of Axolotl's
+
+try:
+    check_versions("transformers", "peft")
+
+    from .perft import PerftConfig, PerftModel
+    from .pt_moe import PTMoeConfig, PTMoeModel
+    from .registration import register_methods
+    from .tt_lora import TTLoraConfig, TTLoraModel
+    from .tt_lora_moe import TTLoraMoeConfig, TTLoraMoeModel
+
+    register_methods()
+except RuntimeError as _error:
+    # Axolotl imports this package in every run; the plugin raises in those that use it
+    if "axolotl" not in sys.modules:
+        raise
+    _unusable = str(_error)
+
 
 def __getattr__(name: str) -> Any:
     if name == "MoePeftPlugin":
-        from .host.plugin import MoePeftPlugin
+        from .host import plugin_class
 
-        return MoePeftPlugin
+        return plugin_class(_unusable)
+    if _unusable and name in __all__:
+        raise RuntimeError(_unusable)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

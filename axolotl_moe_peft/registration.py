@@ -1,6 +1,8 @@
-"""Makes a method of this package known to PEFT under its `peft_type`."""
+"""The table of methods, and how they become known to PEFT."""
 
 from __future__ import annotations
+
+from importlib import import_module
 
 import peft.mapping
 from peft import PeftConfig, PeftType
@@ -8,6 +10,32 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
 
 _PACKAGE = __package__
+
+# Method: its PeftConfig and its tuner. The method's name is that of its folder, of its `peft_type`, and of `adapter:`
+# and its block in an Axolotl YAML. Names, since the table is also read where the methods cannot be imported.
+METHODS = {
+    "perft": ("PerftConfig", "PerftModel"),
+    "tt_lora": ("TTLoraConfig", "TTLoraModel"),
+    "tt_lora_moe": ("TTLoraMoeConfig", "TTLoraMoeModel"),
+    "pt_moe": ("PTMoeConfig", "PTMoeModel"),
+}
+
+
+def config_class(method: str) -> type[PeftConfig]:
+    """The PeftConfig of a method of the table."""
+    return getattr(import_module(f".{method}", _PACKAGE), METHODS[method][0])
+
+
+def register_methods() -> None:
+    """Register the methods of the table with PEFT.
+
+    Raises:
+        RuntimeError: another package has registered one of the names.
+    """
+    for name, (config, tuner) in METHODS.items():
+        add_peft_type(name.upper())
+        module = import_module(f".{name}", _PACKAGE)
+        register(name, getattr(module, config), getattr(module, tuner))
 
 
 def add_peft_type(name: str) -> None:

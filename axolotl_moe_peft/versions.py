@@ -1,35 +1,45 @@
-"""The versions of the host that this package knows, checked before anything of theirs is imported."""
+"""The versions of the libraries that this package knows, checked before anything of theirs is imported."""
 
 from __future__ import annotations
 
+import functools
+import sys
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 
 from packaging.version import Version
 
 # package: (oldest that works, first release line that is not tested)
-SUPPORTED = {"transformers": ("5.16", "5.17"), "peft": ("0.20", "0.21"), "axolotl": ("0.19", "0.20")}
+SUPPORTED = {"transformers": ("5.16", "5.25"), "peft": ("0.20", "0.22"), "axolotl": ("0.19", "0.22")}
 
 
-def check_version(package: str) -> None:
-    """Refuse a version that is too old; warn once of one that is newer than tested.
+def check_versions(*packages: str) -> None:
+    """Refuse versions that are too old.
 
     Raises:
-        RuntimeError: too old or missing. Not an ImportError: Axolotl swallows those while it loads plugins, and then
-            only says that the adapter is unknown.
+        RuntimeError: too old or missing. Not an ImportError: Axolotl 0.19 swallows those while it loads plugins, and
+            then only says that the adapter is unknown.
     """
-    oldest, untested = SUPPORTED[package]
-    try:
-        installed = Version(version(package))
-    except PackageNotFoundError:
-        raise RuntimeError(f"axolotl_moe_peft needs {package}>={oldest},<{untested}; it is not installed.") from None
-    if installed < Version(oldest):
-        raise RuntimeError(
-            f"axolotl_moe_peft needs {package}>={oldest},<{untested}, but {package} {installed} is installed. "
-            f"Upgrade it: pip install '{package}>={oldest},<{untested}'."
-        )
-    if installed >= Version(untested):
-        warnings.warn(
-            f"axolotl_moe_peft is tested with {package}>={oldest},<{untested}; {package} {installed} is newer.",
-            stacklevel=3,
-        )
+    for package in packages:
+        oldest, untested = SUPPORTED[package]
+        needed = f"{package}>={oldest},<{untested}"
+        try:
+            installed = Version(version(package))
+        except PackageNotFoundError:
+            raise RuntimeError(f"axolotl_moe_peft needs {needed}; it is not installed.") from None
+        if installed < Version(oldest):
+            raise RuntimeError(
+                f"axolotl_moe_peft needs {needed}, but {package} {installed} is installed. "
+                f"Upgrade it: pip install '{needed}'."
+            )
+
+
+@functools.cache
+def warn_of_newer_versions() -> None:
+    """Warn once of libraries newer than tested; to be called where an adapter of this package is used."""
+    for package, (oldest, untested) in SUPPORTED.items():
+        if package in sys.modules and (installed := Version(version(package))) >= Version(untested):
+            warnings.warn(
+                f"axolotl_moe_peft is tested with {package}>={oldest},<{untested}; {package} {installed} is newer.",
+                stacklevel=3,
+            )

@@ -1,12 +1,7 @@
-"""Importing the package: what it registers with PEFT, what it leaves alone, and which hosts it refuses.
-
-What an import does shows in a fresh interpreter only; the scripts below run in one each.
-"""
+"""Importing the package: what it registers with PEFT, what it leaves alone, and which versions it refuses."""
 
 import copy
 import json
-import subprocess
-import sys
 
 import pytest
 from peft import PeftType
@@ -14,33 +9,12 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 
 from axolotl_moe_peft import PerftConfig
 from axolotl_moe_peft.perft import PerftModel
-
-# `pretend(package, version)`: importlib.metadata says so from here on; None is "not installed"
-PRETEND = """
-import importlib.metadata, sys, warnings
-real_version = importlib.metadata.version
-def pretend(package, version):
-    def fake(name):
-        if name == package and version is None:
-            raise importlib.metadata.PackageNotFoundError(name)
-        return version if name == package else real_version(name)
-    importlib.metadata.version = fake
-def forget():
-    for name in [name for name in sys.modules if name.partition(".")[0] == "axolotl_moe_peft"]:
-        del sys.modules[name]
-"""
-
-
-def run_python(script: str) -> str:
-    """What the script prints; it must not fail."""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+from tests.fresh_interpreter import PRETEND, THEIR_PERFT, run_python
 
 
 def test_import_leaves_axolotl_trl_and_liger_alone_until_the_plugin_is_asked_for() -> None:
     run_python("""
-import inspect, sys
+import sys
 import axolotl_moe_peft
 from axolotl_moe_peft import PerftConfig
 import peft
@@ -55,23 +29,6 @@ else:
 loaded = {name.partition(".")[0] for name in sys.modules}
 assert not loaded & {"axolotl", "trl", "liger_kernel"}, loaded & {"axolotl", "trl", "liger_kernel"}
 assert "axolotl_moe_peft.host.plugin" not in sys.modules
-
-plugin = axolotl_moe_peft.MoePeftPlugin
-from axolotl.integrations.base import BasePlugin, PluginManager
-modules = [module for name, module in sys.modules.items() if name.partition(".")[0] == "axolotl_moe_peft"]
-found = {
-    value
-    for module in modules
-    for value in vars(module).values()
-    if inspect.isclass(value) and issubclass(value, BasePlugin) and value is not BasePlugin
-}
-assert found == {plugin}, found
-
-manager = PluginManager.get_instance()
-manager.register("axolotl_moe_peft.MoePeftPlugin")
-assert list(manager.plugins) == ["axolotl_moe_peft.MoePeftPlugin"]
-capability = manager.get_adapter_capability("perft")
-assert not capability.lora_like and not capability.relora
 """)
 
 
@@ -103,48 +60,14 @@ assert type(model.base_model) is axolotl_moe_peft.perft.PerftModel
 def test_another_packages_perft_is_a_runtime_error_that_names_it() -> None:
     run_python(
         PRETEND
+        + THEIR_PERFT
         + """
-import sys, types
-from dataclasses import dataclass
-import peft
-from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import register_peft_method
-
-member = str.__new__(peft.PeftType, "PERFT")
-member._name_ = member._value_ = "PERFT"
-type.__setattr__(peft.PeftType, "PERFT", member)
-peft.PeftType._member_names_.append("PERFT")
-peft.PeftType._member_map_["PERFT"] = peft.PeftType._value2member_map_["PERFT"] = member
-@dataclass
-class TheirConfig(peft.PeftConfig):
-    pass
-class TheirModel(BaseTuner):
-    prefix = "their_"
-TheirConfig.__module__ = TheirModel.__module__ = "their_package.config"
-register_peft_method(name="perft", config_cls=TheirConfig, model_cls=TheirModel, prefix="their_")
-
-def check(load):
-    try:
-        load()
-    except RuntimeError as error:
-        assert "PERFT" in str(error) and "their_package.config.TheirConfig" in str(error), error
-        assert "uninstall" in str(error)
-    else:
-        raise AssertionError
-    assert peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING["PERFT"] is TheirConfig  # and nothing of theirs is touched
-    assert peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING["PERFT"] is TheirModel
-    forget()
-
 check(lambda: __import__("axolotl_moe_peft"))
-from axolotl.integrations.base import PluginManager
-manager = PluginManager.get_instance()
-check(lambda: manager.register("axolotl_moe_peft.MoePeftPlugin"))
-assert not manager.plugins
 """
     )
 
 
-def test_too_old_or_missing_hosts_are_runtime_errors_with_the_versions() -> None:
+def test_too_old_or_missing_versions_are_runtime_errors_that_name_them() -> None:
     run_python(
         PRETEND
         + """
@@ -172,34 +95,31 @@ for version in ("4.57.1", "5.15.9", None):
 for version in ("0.19.1", None):
     check("peft", version, package)
 assert "peft" not in sys.modules and "transformers" not in sys.modules  # refused before it could fail otherwise
-check("axolotl", "0.18.2", plugin)
+for name in ("axolotl", "axolotl.integrations", "axolotl.integrations.base"):
+    sys.modules[name] = None  # as where it is not installed
 check("axolotl", None, plugin)
-
-from axolotl.integrations.base import PluginManager
-manager = PluginManager.get_instance()
-for host, version in (("transformers", "5.15.0"), ("peft", "0.19.0"), ("axolotl", "0.18.0")):
-    check(host, version, lambda: manager.register("axolotl_moe_peft.MoePeftPlugin"))
-assert not manager.plugins
 """
     )
 
 
-def test_newer_hosts_are_one_warning_each_and_patch_releases_none() -> None:
+def test_newer_versions_are_one_warning_where_an_adapter_is_attached_and_patch_releases_none() -> None:
     run_python(
         PRETEND
         + """
-import transformers, peft, axolotl.integrations.base, axolotl.loaders.utils
-newer = (("transformers", "5.17.0"), ("peft", "0.21.0"), ("axolotl", "0.20.0"))
-patched = (("transformers", "5.16.99"), ("peft", "0.20.99"), ("axolotl", "0.19.99"))
+import peft, transformers
+sizes = dict(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+config = transformers.MixtralConfig(num_key_value_heads=2, num_local_experts=2, **sizes)
+newer = (("transformers", "5.25.0"), ("peft", "0.22.0"))
+patched = (("transformers", "5.24.99"), ("peft", "0.21.99"))
 for package, version in newer + patched:
     pretend(package, version)
     forget()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         import axolotl_moe_peft
-        axolotl_moe_peft.MoePeftPlugin
-        axolotl_moe_peft.MoePeftPlugin
-        import axolotl_moe_peft
+        assert not [w for w in caught if "axolotl_moe_peft" in str(w.message)]
+        for _ in range(2):
+            peft.get_peft_model(transformers.MixtralForCausalLM(config), axolotl_moe_peft.PerftConfig(rank=2))
     messages = [str(w.message) for w in caught if "axolotl_moe_peft" in str(w.message)]
     assert len(messages) == ((package, version) in newer), messages
     assert not messages or f"{package} {version} is newer" in messages[0]

@@ -11,19 +11,12 @@ from typing import Any, get_type_hints
 from peft import PeftConfig
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
-from ..perft import PerftConfig
-from ..pt_moe import PTMoeConfig
-from ..tt_lora import TTLoraConfig
+from ..registration import METHODS, config_class
 from ..tt_lora_moe import TTLoraMoeConfig
 from ..tt_lora_moe.experts import could_be_on_the_hub, read_expert
 from .host_keys import BITS_AND_BYTES, check_host_keys
 
-CONFIGS: dict[str, type[PeftConfig]] = {
-    "perft": PerftConfig,
-    "tt_lora": TTLoraConfig,
-    "tt_lora_moe": TTLoraMoeConfig,
-    "pt_moe": PTMoeConfig,
-}
+CONFIGS: dict[str, type[PeftConfig]] = {name: config_class(name) for name in METHODS}
 
 # What may differ between a saved adapter and the YAML that continues its training: it shapes training, not the model.
 _TRAINING_FIELDS = (
@@ -73,21 +66,17 @@ def _default(field: dataclasses.Field) -> dict[str, Any]:
     return {"default": field.default}
 
 
-PerftBlock = _block_model(PerftConfig)
-TTLoraBlock = _block_model(TTLoraConfig)
-TTLoraMoeBlock = _block_model(TTLoraMoeConfig)
-PTMoeBlock = _block_model(PTMoeConfig)
+_Blocks = create_model(
+    "_Blocks",
+    **{
+        name: (_block_model(config_cls) | None, Field(default=None, description=f"Needs `adapter: {name}`."))
+        for name, config_cls in CONFIGS.items()
+    },
+)
 
 
-class MoePeftArgs(BaseModel):
+class MoePeftArgs(_Blocks):
     """Merged by Axolotl into its own schema, so that the checks see the whole YAML."""
-
-    perft: PerftBlock | None = Field(default=None, description="PERFT adapters; needs `adapter: perft`.")
-    tt_lora: TTLoraBlock | None = Field(default=None, description="TT-LoRA adapters; needs `adapter: tt_lora`.")
-    tt_lora_moe: TTLoraMoeBlock | None = Field(
-        default=None, description="A router over trained TT-LoRA experts; needs `adapter: tt_lora_moe`."
-    )
-    pt_moe: PTMoeBlock | None = Field(default=None, description="A mixture of soft prompts; needs `adapter: pt_moe`.")
 
     @model_validator(mode="before")
     @classmethod

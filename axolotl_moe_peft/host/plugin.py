@@ -7,18 +7,14 @@ import dataclasses
 import warnings
 from typing import Any
 
-from ..versions import check_version
-
-check_version("axolotl")
-
-import torch  # noqa: E402
-from axolotl.integrations.base import AdapterCapabilities, BasePlugin  # noqa: E402
-from axolotl.loaders.utils import load_model_config  # noqa: E402
-from axolotl.utils.dict import DictDefault  # noqa: E402
-from axolotl.utils.logging import get_logger  # noqa: E402
-from peft import PeftConfig, PeftModel, get_peft_model  # noqa: E402
-from safetensors import SafetensorError  # noqa: E402
-from transformers import (  # noqa: E402
+import torch
+from axolotl.integrations.base import AdapterCapabilities, BasePlugin
+from axolotl.loaders.utils import load_model_config
+from axolotl.utils.dict import DictDefault
+from axolotl.utils.logging import get_logger
+from peft import PeftConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
+from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
     PreTrainedModel,
@@ -28,10 +24,11 @@ from transformers import (  # noqa: E402
     set_seed,
 )
 
-from ..pt_moe import PTMoeConfig  # noqa: E402
-from ..shared.summary import format_memory, format_table  # noqa: E402
-from ..tt_lora_moe import TTLoraMoeConfig  # noqa: E402
-from .args import (  # noqa: E402
+from ..pt_moe import PTMoeConfig
+from ..shared.summary import format_memory, format_table
+from ..tt_lora_moe import TTLoraMoeConfig
+from ..versions import warn_of_newer_versions
+from .args import (
     CONFIGS,
     check_datasets,
     check_saved_adapter,
@@ -40,8 +37,8 @@ from .args import (  # noqa: E402
     expert_names,
     own_fields,
 )
-from .callback import AdapterCallback  # noqa: E402
-from .dataset_experts import COLUMN, ExpertLabelCollator, tag_dataset  # noqa: E402
+from .callback import AdapterCallback
+from .dataset_experts import COLUMN, ExpertLabelCollator, tag_dataset
 
 LOG = get_logger(__name__)
 
@@ -50,6 +47,9 @@ class MoePeftPlugin(BasePlugin):
     """Adds the adapters of this package and their blocks to Axolotl."""
 
     def register(self, cfg: dict[str, Any]) -> None:
+        if cfg.get("adapter") not in CONFIGS:
+            return
+        warn_of_newer_versions()
         check_datasets(cfg)
         names = expert_names(cfg)
         if cfg.get("adapter") != "tt_lora_moe" or not names or cfg.get("inference") or cfg.get("merge_lora"):

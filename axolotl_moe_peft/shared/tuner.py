@@ -11,12 +11,18 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
+from ..versions import warn_of_newer_versions
+
 
 class Tuner(BaseTuner):
     """A BaseTuner whose adapters are float32 and load completely or not at all.
 
     Every parameter of an adapter has `prefix` in its name and ends with the adapter's name (parameter dicts).
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        warn_of_newer_versions()
+        super().__init__(*args, **kwargs)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # the layers create float32; PEFT's flag is the way to ask for the base's dtype

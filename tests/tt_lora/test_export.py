@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from axolotl_moe_peft import TTLoraConfig
-from axolotl_moe_peft.host.cli import export_tt_lora
 from axolotl_moe_peft.tt_lora import TTLoraLinear
 from axolotl_moe_peft.tt_lora.export import export_to_lora
+from axolotl_moe_peft_commands import export_tt_lora
 from tests.tiny_models import random_ids, tiny_model
 
 TARGETS = {

@@ -1,8 +1,10 @@
-"""Sub-commands that this package adds to `axolotl`, through the entry points `axolotl.cli_commands`."""
+"""Sub-commands that this package adds to `axolotl`, through the entry points `axolotl.cli_commands`.
+
+A package of its own, since `axolotl --help` imports every command for its short help, and importing axolotl_moe_peft
+imports torch. What a command needs it imports when it runs.
+"""
 
 import click
-
-from ..tt_lora.export import export_to_lora
 
 
 @click.command("export-tt-lora", short_help="write a TT-LoRA adapter as a plain PEFT LoRA")
@@ -13,6 +15,8 @@ def export_tt_lora(adapter: str, out_folder: str) -> None:
 
     The LoRA computes the same and needs nothing of axolotl-moe-peft, so that any server that takes a LoRA serves it.
     """
+    from axolotl_moe_peft.tt_lora.export import export_to_lora
+
     try:
         tensors = export_to_lora(adapter, out_folder)
     except (OSError, ValueError) as error:
