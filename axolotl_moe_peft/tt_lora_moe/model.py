@@ -84,8 +84,8 @@ class TTLoraMoeModel(Tuner):
         self._choices_of_generation: dict[str, Choice] | None = None  # while `generate` runs; without a cache
         self._expert_labels: Tensor | None = None
         self._not_loaded: set[str] = set()
-        # the router, there before the first layer of the pool, looks to PEFT 0.21 like an adapter that came before this
-        # one, and beside those it leaves the base as trainable as it was
+        # to PEFT 0.21 the router, which is there before the pool's layers, looks like an adapter that came before, and
+        # beside those it leaves the base as trainable as it was
         model.requires_grad_(False)
         # a child of the model, where PEFT looks for what to switch and to delete
         model.prompt_router = PromptRouter(model.config.get_text_config().hidden_size)

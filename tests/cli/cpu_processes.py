@@ -1,9 +1,9 @@
 """Lets Axolotl train in several processes on CPUs (gloo), which the host keeps to accelerators. For tests only.
 
 List `tests.cli.cpu_processes.CpuProcesses` as the first plugin and launch with torchrun and ACCELERATE_USE_CPU=true.
-Five places stand in the way: a torch with CUDA is asked whether the processes' GPUs reach each other, the device map is
-that of a GPU, the device mesh is built for CUDA, accelerate does not look at the FSDP settings of CPU processes, and
-gives CPUs numbers (cpu:0), to which torch loads no optimiser's state.
+Five places stand in the way: a torch with CUDA is asked whether the processes' GPUs reach each other, the device map
+is that of a GPU, the device mesh is built for CUDA, accelerate does not look at the FSDP settings of CPU processes,
+and gives CPUs numbers (cpu:0), to which torch loads no optimiser's state.
 """
 
 from __future__ import annotations
