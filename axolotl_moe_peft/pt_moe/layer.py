@@ -22,6 +22,7 @@ from transformers import Cache
 
 from ..shared.auxiliary import AuxiliaryLosses, add_auxiliary_loss
 from ..shared.batches import Sequences, find_sequences
+from ..shared.generation import bind, cache_in, cache_of
 from ..shared.routing import expert_counts, load_balancing_loss, top_k_routing
 from .config import PTMoeConfig
 from .layout import Layout
@@ -32,7 +33,7 @@ _RANK_TOLERANCE = 1e-6
 # Attribute of a cache: which adapter's prompt is in it.
 _CACHE_MARK = "_pt_moe_prompt"
 _FLASH_KWARGS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-_PER_TOKEN_KWARGS = ("token_type_ids", "seq_idx", "cache_position", "read_index")
+_PER_TOKEN_KWARGS = ("token_type_ids", "cache_position", "read_index")
 
 
 # How many tokens a router may read where a call of generate runs.
@@ -188,7 +189,7 @@ class PTMoeLayer(nn.Module, BaseTunerLayer):
 
     def _note_call(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """The decoder sees no labels, and no positions if it has no use for them."""
-        call = _bind(model, args, kwargs)
+        call = bind(model, args, kwargs)
         self._call = {name: call[name] for name in ("labels", "position_ids") if call.get(name) is not None}
 
     def _forget_call(self, model: nn.Module, args: tuple, output: Any) -> None:
@@ -199,8 +200,8 @@ class PTMoeLayer(nn.Module, BaseTunerLayer):
     ) -> tuple[tuple, dict[str, Any]] | None:
         self._layout = None
         adapter_name = self._active()
-        call = _bind(decoder, args, kwargs)
-        cache = call.get("past_key_values")
+        call = bind(decoder, args, kwargs)
+        cache = cache_of(decoder, call)
         mark, expected = getattr(cache, _CACHE_MARK, None), self._mark(adapter_name)
         if mark is None and expected is None:
             return None
@@ -220,15 +221,15 @@ class PTMoeLayer(nn.Module, BaseTunerLayer):
         for name in _PER_TOKEN_KWARGS:
             if call.get(name) is not None:
                 raise ValueError(f"pt_moe: `{name}` is not supported, as it says nothing of the prompt's positions.")
-        return (), self._continue(adapter_name, call) if filled else self._begin(adapter_name, decoder, call)
+        return (), self._continue(adapter_name, cache, call) if filled else self._begin(adapter_name, decoder, call)
 
     def _after_decoder(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         layout, self._layout = self._layout, None
         if layout is None:
             return None
-        for part in (kwargs.get("past_key_values"), *(output if isinstance(output, tuple) else output.values())):
-            if isinstance(part, Cache):
-                setattr(part, _CACHE_MARK, self._mark(self._active()))
+        for cache in (cache_of(decoder, kwargs), cache_in(output)):
+            if cache is not None:
+                setattr(cache, _CACHE_MARK, self._mark(self._active()))
         if isinstance(output, tuple):
             return layout.strip(output)
         for name, part in output.items():
@@ -254,6 +255,8 @@ class PTMoeLayer(nn.Module, BaseTunerLayer):
             call["use_cache"] = False  # nor does it with a cache, and a new one is its default
         if not self._takes_positions:
             del call["position_ids"]
+        if call.get("seq_idx") is not None:
+            call["seq_idx"] = (layout.position_BL == 0).cumsum(1, dtype=torch.int32) - 1
         for name in _FLASH_KWARGS:  # found anew from the positions
             call.pop(name, None)
         self._layout = layout
@@ -277,9 +280,9 @@ class PTMoeLayer(nn.Module, BaseTunerLayer):
         readable = torch.arange(embeds_BSD.shape[1], device=embeds_BSD.device) < _input_length.get()
         return replace(sequences, prompt_BS=sequences.prompt_BS & readable)
 
-    def _continue(self, adapter_name: str, call: dict[str, Any]) -> dict[str, Any]:
+    def _continue(self, adapter_name: str, cache: Cache, call: dict[str, Any]) -> dict[str, Any]:
         """The decoder's arguments where the cache already has the prompt."""
-        config, past = self.ptmoe_config[adapter_name], call["past_key_values"].get_seq_length()
+        config, past = self.ptmoe_config[adapter_name], cache.get_seq_length()
         new = (call["input_ids"] if call.get("input_ids") is not None else call["inputs_embeds"]).shape[1]
         mask, position_ids = call.get("attention_mask"), call.get("position_ids")
         if mask is None:
@@ -302,7 +305,7 @@ class PTMoeLayer(nn.Module, BaseTunerLayer):
 
     def _check_isolation(self, decoder: nn.Module, call: dict[str, Any], layout: Layout) -> None:
         """Whether positions alone keep the segments of a row apart."""
-        if call.get("past_key_values") is not None:
+        if cache_of(decoder, call) is not None:
             raise ValueError("pt_moe: packed rows cannot be continued; call the model with `use_cache=False`.")
         if not self._takes_positions:
             raise ValueError(
@@ -357,10 +360,6 @@ class PTMoeLayer(nn.Module, BaseTunerLayer):
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         self.without_text -= {n for n in self.ptmoe_experts if f"{prefix}ptmoe_experts.{n}" in state_dict}
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _bind(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    return (dict(zip(inspect.signature(module.forward).parameters, args)) if args else {}) | kwargs
 
 
 def _describe(mark: tuple[str, int] | None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from typing import Any
 
@@ -12,13 +11,14 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from ..shared.auxiliary import AuxiliaryLosses
+from ..shared.generation import arguments_of
 from ..shared.summary import ParameterRow, parameter_row
 from ..shared.tuner import Tuner, whole
 from .config import PTMoeConfig
 from .layer import PTMoeLayer, generation
 
 _LAYER_NAME = "soft_prompt"
-_NEEDED_ARGUMENTS = ("inputs_embeds", "attention_mask", "past_key_values")
+_NEEDED_ARGUMENTS = ("inputs_embeds", "attention_mask")
 # What reads token ids beside the embeddings: Gemma's embeddings per layer, DeepSeek-V4's routing by token.
 _READERS_OF_IDS = ("embed_tokens_per_layer", "tid2eid")
 # Many different tokens, so that the embeddings span almost as many directions as there are virtual tokens.
@@ -85,7 +85,10 @@ class PTMoeModel(Tuner):
                 f"pt_moe: {name} is an encoder-decoder; the prompt goes before the text of a decoder. Use a decoder-"
                 "only model, or `adapter: lora`."
             )
-        missing = [n for n in _NEEDED_ARGUMENTS if n not in inspect.signature(decoder.forward).parameters]
+        taken = arguments_of(type(decoder).forward)
+        missing = [n for n in _NEEDED_ARGUMENTS if n not in taken]
+        if not {"past_key_values", "cache"}.intersection(taken):
+            missing.append("past_key_values")
         if missing:
             raise ValueError(
                 f"pt_moe: {type(decoder).__name__} takes no {', '.join(missing)}, without which no prompt can be put "

@@ -7,7 +7,6 @@ router reads the prompt first, and the model then runs with each sequence's expe
 
 from __future__ import annotations
 
-import inspect
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -20,6 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..shared.auxiliary import RouterStatistics, share_of_accumulated_batch
 from ..shared.batches import IGNORE_INDEX, Sequences, find_sequences
+from ..shared.generation import CACHE_NAMES, bind, cache_in, cache_of
 from ..shared.summary import ParameterRow, parameter_row
 from ..shared.tuner import Tuner
 from .config import TTLoraMoeConfig, check_expert_entry
@@ -29,12 +29,12 @@ from .router import PromptRouter
 
 # arguments of a causal language model that are not for its decoder, and what it must not cache
 _NOT_FOR_THE_DECODER = (
+    *CACHE_NAMES,
     "labels",
     "logits_to_keep",
     "num_items_in_batch",
     "output_attentions",
     "output_hidden_states",
-    "past_key_values",
     "return_dict",
     "shift_labels",
     "use_cache",
@@ -84,11 +84,6 @@ class TTLoraMoeModel(Tuner):
         self._choices_of_generation: dict[str, Choice] | None = None  # while `generate` runs; without a cache
         self._expert_labels: Tensor | None = None
         self._not_loaded: set[str] = set()
-        # to PEFT 0.21 the router, which is there before the pool's layers, looks like an adapter that came before, and
-        # beside those it leaves the base as trainable as it was
-        model.requires_grad_(False)
-        # a child of the model, where PEFT looks for what to switch and to delete
-        model.prompt_router = PromptRouter(model.config.get_text_config().hidden_size)
         self._handles = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward),
@@ -99,8 +94,6 @@ class TTLoraMoeModel(Tuner):
         self._experts = load_experts(config.experts, model)
         config.experts = [expert.entry for expert in self._experts]
         self._not_loaded |= {adapter_name} if any(expert.cores is None for expert in self._experts) else set()
-        # first, as BaseTuner switches adapters on once all layers are there
-        model.prompt_router.update_layer(adapter_name, config, model.get_input_embeddings().weight.device)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         del self._experts
 
@@ -120,6 +113,11 @@ class TTLoraMoeModel(Tuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        if not hasattr(self.model, "prompt_router"):
+            # a child of the model, where PEFT looks for what to switch and to delete
+            self.model.prompt_router = PromptRouter(self.model.config.get_text_config().hidden_size)
+        if adapter_name not in self._router.ttmoe_weight:
+            self._router.update_layer(adapter_name, peft_config, self.model.get_input_embeddings().weight.device)
         layer = target
         if not isinstance(target, TTLoraPoolLinear):
             layer = TTLoraPoolLinear(target, self._choices)
@@ -239,7 +237,7 @@ class TTLoraMoeModel(Tuner):
                 "with its file. Use PeftModel.from_pretrained(base, folder)."
             )
         batch = self._batch(args, kwargs)
-        cache = batch.get("past_key_values")
+        cache = cache_of(model, batch)
         if cache is not None and int(cache.get_seq_length()) > 0:
             if cache not in self._choices_by_cache:
                 raise RuntimeError(
@@ -254,7 +252,7 @@ class TTLoraMoeModel(Tuner):
         self._choices.update(choices)
 
     def _after_forward(self, model: nn.Module, args: tuple, output: Any) -> None:
-        cache = output.get("past_key_values") if hasattr(output, "get") else None
+        cache = cache_in(output)
         if cache is not None and self._choices:
             self._choices_by_cache[cache] = dict(self._choices)
         self._choices.clear()
@@ -286,8 +284,7 @@ class TTLoraMoeModel(Tuner):
         statistics.record_by_expert("router_accuracy", right_N, labels_N, config.expert_names)
 
     def _batch(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-        given = dict(zip(inspect.signature(self.model.forward).parameters, args)) | kwargs
-        return {key: value for key, value in given.items() if value is not None}
+        return {key: value for key, value in bind(self.model, args, kwargs).items() if value is not None}
 
     @property
     def _router(self) -> PromptRouter:

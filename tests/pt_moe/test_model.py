@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import (
     Gemma3nForCausalLM,
     Gemma3nTextConfig,
-    MambaConfig,
-    MambaForCausalLM,
     PreTrainedTokenizerFast,
+    RwkvConfig,
+    RwkvForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -57,7 +57,7 @@ def started(base_folder: Path, setting: str = "pt_moe", **kwargs) -> PeftModel:
 
     base = AutoModelForCausalLM.from_pretrained(base_folder)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         model = get_peft_model(base, config(setting, **kwargs))
         model.eval()(random_ids(1, 4))  # here a text that is missing would show
     return model
@@ -360,8 +360,8 @@ def test_an_encoder_decoder_is_refused():
 
 
 def test_a_decoder_without_the_arguments_is_refused():
-    base = MambaForCausalLM(MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, state_size=4))
-    with pytest.raises(ValueError, match="MambaModel takes no past_key_values"):
+    base = RwkvForCausalLM(RwkvConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2, attention_hidden_size=16))
+    with pytest.raises(ValueError, match="RwkvModel takes no past_key_values"):
         get_peft_model(base, config())
 
 

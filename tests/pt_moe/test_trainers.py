@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from tokenizers import Tokenizer, models
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, PreTrainedTokenizerFast, Trainer
 from transformers import TrainingArguments as Arguments
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 from tests.pt_moe.prompts import config, layer_of, pt_moe
 from tests.tiny_models import random_ids, tiny_model
@@ -131,13 +131,14 @@ def test_trl_sft_trainer_takes_the_config(tmp_path, packed):
     assert all(torch.equal(w, trained[n]) for n, w in weights(loaded).items())
 
 
-def test_preference_training_is_refused(tmp_path):
-    words = {"prompt": "w5 w6", "chosen": "w7", "rejected": "w8"}
-    trainer = DPOTrainer(
-        get_peft_model(tiny_model("llama"), config()),
-        args=DPOConfig(output_dir=str(tmp_path), per_device_train_batch_size=2, max_steps=1, **COMMON),
-        train_dataset=Dataset.from_list([words] * 4),
-        processing_class=tokenizer(),
-    )
+def test_losses_computed_from_calls_without_labels_are_refused(tmp_path):
+    """As those of preference training are."""
+
+    class Preferences(Trainer):
+        def compute_loss(self, model, inputs, **kwargs):
+            return model(input_ids=inputs["input_ids"]).logits.sum()
+
+    arguments = Arguments(output_dir=str(tmp_path), max_steps=1, **COMMON)
+    trainer = Preferences(pt_moe().train(), arguments, train_dataset=rows(8), data_collator=padding_collator())
     with pytest.raises(ValueError, match="training mode was called without labels"):
         trainer.train()
