@@ -1,4 +1,7 @@
-"""Tiny random models of every MoE family of transformers: two layers (more where kinds of layers differ), width 32."""
+"""Tiny random models of every MoE family of transformers: two layers (more where kinds of layers differ), width 32.
+
+A family that the installed transformers does not have is left out of `FAMILIES`.
+"""
 
 import re
 from functools import cache
@@ -39,9 +42,11 @@ _SIZES = {
     "n_routed_experts": 4,
     "moe_num_experts": 4,
     "num_experts_per_tok": 2,
+    "num_experts_per_token": 2,
     "moe_topk": 2,
     "moe_k": 2,
     "n_group": 1,
+    "num_expert_group": 1,
     "topk_group": 1,
     "num_shared_experts": 1,
     "n_shared_experts": 1,
@@ -52,8 +57,30 @@ _SIZES = {
     "bos_token_id": BOS,
 }
 
+_KIMI_LINEAR = {
+    **_MLA,
+    "num_key_value_heads": 4,
+    "linear_head_dim": 8,
+    "linear_num_heads": 4,
+    "layer_types": ["linear_attention", "full_attention"],
+    "mlp_layer_types": ["sparse", "sparse"],
+    "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+}
+_INKLING2 = {
+    "num_hidden_layers": 3,
+    "layer_types": ["hybrid_sliding", "hybrid_sliding", "hybrid"],
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "swa_head_dim": 8,
+    "d_rel": 4,
+    "rel_extent": 16,
+    "unpadded_vocab_size": VOCAB_SIZE,
+    "sliding_window_size": 64,
+    "n_layers_per_attn_res_block": 1,
+}
+
 # what each family needs beside `_SIZES`; its layers with MoE blocks
-FAMILIES: dict[str, tuple[dict[str, Any], list[int]]] = {
+_TABLE: dict[str, tuple[dict[str, Any], list[int]]] = {
     "afmoe": ({}, [1]),
     "aria_text": ({}, [0, 1]),
     "axk1": ({**_MLA, "num_key_value_heads": 4}, [1]),
@@ -181,7 +208,62 @@ FAMILIES: dict[str, tuple[dict[str, Any], list[int]]] = {
     ),
     "solar_open": ({}, [0, 1]),
     "zaya": ({"num_experts_per_tok": 1, "router_hidden_size": 48}, [0, 1]),
+    # transformers 5.17
+    "hy_v4": (
+        {
+            **_MLA,
+            **_INDEXER,
+            **_DENSE_THEN_SPARSE,
+            "num_key_value_heads": 4,
+            "layer_types": ["indexed_attention", "indexed_attention"],
+            "indexer_types": ["full", "full"],
+            "hc_mult": 2,
+        },
+        [1],
+    ),
+    "kimi_linear": (_KIMI_LINEAR, [0, 1]),
+    # 5.20
+    "bailing_hybrid": (_KIMI_LINEAR, [0, 1]),
+    "beam": ({**_DENSE_THEN_SPARSE, "layer_types": ["sliding_attention", "full_attention"]}, [1]),
+    "kolibri1": ({"layer_types": ["sliding_attention", "full_attention"]}, [0, 1]),
+    # 5.21
+    "flint": ({"mlp_only_layers": [], "layer_types": ["full_attention", "sliding_attention"]}, [0, 1]),
+    # 5.23
+    "dots3_note_text": (
+        {
+            **_MLA,
+            **_INDEXER,
+            **_DENSE_THEN_SPARSE,
+            "layer_types": ["indexed_attention", "sliding_attention"],
+            "num_key_value_heads": 4,
+            "shared_experts_intermediate_size": 24,
+            "swa_num_attention_heads": 4,
+            "swa_num_key_value_heads": 4,
+            "swa_q_lora_rank": 16,
+            "swa_kv_lora_rank": 16,
+            "swa_head_dim": 16,
+            "swa_qk_nope_head_dim": 8,
+            "swa_v_head_dim": 8,
+        },
+        [1],
+    ),
+    "inkling2_text": (_INKLING2, [0, 1, 2]),
+    # 5.24
+    "inkling2_loop_text": (
+        {
+            **_INKLING2,
+            "loop_layer_index_start": 1,
+            "loop_layer_index_end": 2,
+            "loop_num_passes": 2,
+            "loop_gate_rank": 4,
+        },
+        [0, 1, 2],
+    ),
+    "lara_mini": (_LINEAR_ATTENTION, [0, 1]),
+    "sarvam_mla": ({**_MLA, "num_key_value_heads": 4}, [1]),
+    "sarvam_moe": ({}, [1]),
 }
+FAMILIES = {family: entry for family, entry in _TABLE.items() if family in CONFIG_MAPPING}
 
 
 def tiny_family_config(family: str, **overrides: Any) -> Any:

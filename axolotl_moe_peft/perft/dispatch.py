@@ -44,7 +44,15 @@ class Dispatch(NamedTuple):
 
 
 def dispatch(indices_TK: Tensor, num_experts: int) -> Dispatch:
-    """Sort the choices (T, K) by expert; slots of one expert stay in the order of their tokens."""
+    """Sort the choices (T, K) by expert; slots of one expert stay in the order of their tokens.
+
+    Three tokens, K = 2, N = 4, where nobody chose expert 2:
+
+        indices_TK    [[1, 3], [0, 1], [3, 1]]      slots 0 to 5, in the order of tokens: 1 3 0 1 3 1
+        order_S       [2, 0, 3, 5, 1, 4]            the same slots sorted by expert:      0 1 1 1 3 3
+        token_S       [1, 0, 1, 2, 0, 2]            the token of each, order_S // K
+        ends_N        [1, 4, 4, 6]                  expert 1 has the slots 1 to 3 of the sorted ones, expert 2 none
+    """
     expert_S, order_S = indices_TK.flatten().sort(stable=True)
     experts_N = torch.arange(num_experts, device=indices_TK.device)
     ends_N = torch.searchsorted(expert_S, experts_N, right=True).to(torch.int32)
@@ -53,12 +61,24 @@ def dispatch(indices_TK: Tensor, num_experts: int) -> Dispatch:
 
 def gather_mm(x_TD: Tensor, w_NRD: Tensor, slots: Dispatch) -> Tensor:
     """z_SR[s] = w_NRD[expert of s] @ x_TD[token of s]. Differentiable by x and w, which share one dtype."""
-    return _GatherMM.apply(x_TD, w_NRD, *slots)
+    return _apply(_GatherMM, x_TD, w_NRD, *slots)
 
 
 def scatter_mm(z_SR: Tensor, w_NRD: Tensor, slots: Dispatch, num_tokens: int) -> Tensor:
     """y_TD[t] = sum of w_NRD[expert of s].T @ z_SR[s] over the slots s of token t. Differentiable by z and w."""
-    return _ScatterMM.apply(z_SR, w_NRD, *slots, num_tokens)
+    return _apply(_ScatterMM, z_SR, w_NRD, *slots, num_tokens)
+
+
+def _apply(function: type[torch.autograd.Function], x: Tensor, *rest: Any) -> Tensor:
+    # torch.compile traces grouped_mm in bf16 alone, and not our loop over chunks on a CPU
+    if torch.compiler.is_compiling() and (x.dtype != torch.bfloat16 or x.device.type == "cpu"):
+        return _apply_eagerly(function, x, *rest)
+    return function.apply(x, *rest)
+
+
+@torch.compiler.disable
+def _apply_eagerly(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
+    return function.apply(*arguments)
 
 
 class _GatherMM(torch.autograd.Function):

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft import PeftConfig
 from torch import nn
 
 from ..shared.auxiliary import AuxiliaryLosses
 from ..shared.summary import ParameterRow, parameter_row
 from ..shared.tuner import Tuner
+from .block import MoeBlock
 from .config import PerftConfig
 from .layer import PerftLayer
-from .moe_blocks import MoeBlock, select_moe_blocks
+from .probe import base_scores
+from .selection import find_moe_blocks, select_moe_blocks
+from .variants import VARIANTS
 
 
 class PerftModel(Tuner):
@@ -38,33 +40,20 @@ class PerftModel(Tuner):
         # a call, not `.forward` as in BaseTuner: the auxiliary losses follow the model through its hooks
         return self.model(*args, **kwargs)
 
-    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
-        self.auxiliary = AuxiliaryLosses(model)
-        self.statistics = self.auxiliary.statistics
-
     def _prepare_adapter_config(self, peft_config: PerftConfig, model_config: dict) -> PerftConfig:
         return peft_config
 
     def _prepare_model(self, peft_config: PerftConfig, model: nn.Module) -> None:
         blocks = select_moe_blocks(model, peft_config.target_modules, peft_config.layers_to_transform)
         for block in blocks:
-            self._check_base_routing(peft_config, block)
+            VARIANTS[peft_config.variant].sizes(peft_config, block)
+            on_meta = any(p.is_meta for p in block.module.parameters())
+            if peft_config.base_router_aux_loss_coef and not on_meta:
+                base_scores(block)
         self._blocks: dict[str, MoeBlock] = {block.name: block for block in blocks}
-
-    def _check_base_routing(self, peft_config: PerftConfig, block: MoeBlock) -> None:
-        if peft_config.variant == "embedded":
-            block.embedded_sizes(self._hidden_size)
-        if peft_config.gate_weights == "base":
-            base_top_k = block.base_weights_per_tok(self._hidden_size)
-            if peft_config.num_experts_per_tok > base_top_k:
-                raise ValueError(
-                    f"perft.gate_weights: base lends each token the base router's {base_top_k} weights, but "
-                    f"num_experts_per_tok is {peft_config.num_experts_per_tok}. Use at most {base_top_k}, or "
-                    "`gate_weights: own`."
-                )
-        on_meta = any(p.is_meta for p in block.module.parameters())
-        if peft_config.base_router_aux_loss_coef and not on_meta:
-            block.base_scores(self._hidden_size)
+        if not hasattr(self, "auxiliary"):  # now that nothing can be refused any more
+            self.auxiliary = AuxiliaryLosses(model)
+            self.statistics = self.auxiliary.statistics
 
     def _check_target_module_exists(self, peft_config: PerftConfig, key: str) -> bool:
         return key in self._blocks
@@ -82,14 +71,20 @@ class PerftModel(Tuner):
         block = self._blocks[current_key]
         layer = target
         if not isinstance(target, PerftLayer):
-            layer = PerftLayer(block, self._hidden_size, self.auxiliary)
+            layer = PerftLayer(block, self.auxiliary)
             self._replace_module(parent, target_name, layer, target)
-        layer.update_layer(adapter_name, peft_config, block.norm_topk_prob(self.model.config), len(self._blocks))
+        layer.update_layer(adapter_name, peft_config, len(self._blocks))
 
     @property
     def adapted_layers(self) -> list[int]:
         """Indices of the decoder layers whose MoE block carries an adapter; dense layers are left alone."""
         return [layer.block.layer_index for layer in self.model.modules() if isinstance(layer, PerftLayer)]
+
+    @property
+    def blocks_left_alone(self) -> list[str]:
+        """Names of MoE blocks without an adapter, such as those of a vision tower; `target_modules` can name them."""
+        adapted = {layer.block.name for layer in self.model.modules() if isinstance(layer, PerftLayer)}
+        return [block.name for block in find_moe_blocks(self.model) if block.name not in adapted]
 
     def parameter_rows(self, adapter_name: str = "default") -> list[ParameterRow]:
         """What is trainable in the model, by part: the adapter's experts and routers, and anything else (nothing)."""
@@ -108,10 +103,6 @@ class PerftModel(Tuner):
             parameter_row("router", routers),
             parameter_row("other", other),
         ]
-
-    @property
-    def _hidden_size(self) -> int:
-        return self.model.config.get_text_config().hidden_size
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # BaseTuner's version copies `weight`, which an MoE block does not have

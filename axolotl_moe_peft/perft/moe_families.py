@@ -1,4 +1,4 @@
-"""What is special about some MoE families; everything else is read off a block's structure (moe_blocks.py).
+"""What is special about some MoE families; everything else is read off a block's structure (block.py, probe.py).
 
 Shape suffixes: T tokens, E base experts, k of them per token.
 """
@@ -46,7 +46,7 @@ class Family:
     norm_topk_prob: Callable[[nn.Module], bool] | None = None
 
 
-def _aria(block: nn.Module, logits_TE: Tensor) -> BaseRouting:
+def _routed_by_experts(block: nn.Module, logits_TE: Tensor) -> BaseRouting:
     indices_TK, weights_TK = block.experts.route_tokens_to_experts(logits_TE)
     return BaseRouting(logits_TE, weights_TK, indices_TK)
 
@@ -67,28 +67,44 @@ def _llama4(block: nn.Module, output: tuple[Tensor, Tensor]) -> BaseRouting:
     return BaseRouting(logits_TE, weights_TK, indices_TK)
 
 
+# functions with names, not lambdas: a model with adapters can be pickled where the bare one can
 def _never(block: nn.Module) -> bool:
     return False
+
+
+def _dbrx_norm_topk_prob(block: nn.Module) -> bool:
+    return block.moe_normalize_expert_weights == 1
+
+
+def _longcat_num_experts(block: nn.Module) -> int:
+    return block.experts.num_routed_experts
+
+
+def _zaya_num_experts(block: nn.Module) -> int:
+    return block.experts.num_experts
 
 
 STANDARD = Family()
 
 # by the class name of the block
 FAMILIES = {
-    "AriaTextMoELayer": Family(routing=_aria),
-    "DbrxFFN": Family(norm_topk_prob=lambda block: block.moe_normalize_expert_weights == 1),
+    "DbrxFFN": Family(norm_topk_prob=_dbrx_norm_topk_prob),
     "InklingMoE": Family(norm_topk_prob=_never),  # they sum to one together with the shared experts' weights
     "JambaSparseMoeBlock": Family(norm_topk_prob=_never),
     "JetMoeMoE": Family(routing=_jetmoe),
     "Llama4TextMoe": Family(routing=_llama4, weights_scale_inputs=True, norm_topk_prob=_never),
     # "zero" experts return their input
-    "LongcatFlashMoE": Family(num_experts=lambda block: block.experts.num_routed_experts, norm_topk_prob=_never),
+    "LongcatFlashMoE": Family(num_experts=_longcat_num_experts, norm_topk_prob=_never),
     "PhimoeSparseMoeBlock": Family(norm_topk_prob=_never),
     # the last output skips the experts
-    "ZayaSparseMoeBlock": Family(num_experts=lambda block: block.experts.num_experts, norm_topk_prob=_never),
+    "ZayaSparseMoeBlock": Family(num_experts=_zaya_num_experts, norm_topk_prob=_never),
 }
+# experts that are called with logits and choose themselves: Aria, until transformers 5.18 gave it a standard router
+ROUTED_BY_EXPERTS = Family(routing=_routed_by_experts)
 
 
 def family_of(block: nn.Module) -> Family:
     """The table's entry for a block; subclasses share it."""
+    if hasattr(getattr(block, "experts", None), "route_tokens_to_experts"):
+        return ROUTED_BY_EXPERTS
     return next((FAMILIES[cls.__name__] for cls in type(block).__mro__ if cls.__name__ in FAMILIES), STANDARD)

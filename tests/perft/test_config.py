@@ -11,7 +11,7 @@ from peft import PeftConfig, PeftType, get_peft_model
 from transformers import AfmoeConfig, AfmoeForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from axolotl_moe_peft import PerftConfig
-from axolotl_moe_peft.perft.moe_blocks import select_moe_blocks
+from axolotl_moe_peft.perft.selection import select_moe_blocks
 from tests.tiny_models import FAMILIES, VOCAB_SIZE, tiny_model
 
 # The keys of the `perft:` block, which are the config's own fields, with their defaults.

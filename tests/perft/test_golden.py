@@ -17,8 +17,7 @@ from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM, OlmoeConfig, OlmoeForCausalLM, PreTrainedModel
 
 from axolotl_moe_peft import PerftConfig
-from axolotl_moe_peft.perft import PerftLayer
-from axolotl_moe_peft.perft import layer as layer_module
+from axolotl_moe_peft.perft import PerftLayer, variants
 from axolotl_moe_peft.shared.routing import load_balancing_loss, top_k_routing
 
 GOLDEN = dict(np.load(Path(__file__).parents[1] / "golden" / "perft_golden.npz", allow_pickle=False))
@@ -160,7 +159,7 @@ def recorded_router_logits(layers: list[PerftLayer]) -> Iterator[tuple[list[Tens
     for layer in layers:
         layer.base_layer.gate.register_forward_hook(lambda module, args, out: base.append(out[0]))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layer_module, "top_k_routing", record_and_route)
+        patch.setattr(variants, "top_k_routing", record_and_route)
         yield base, adapter
 
 
