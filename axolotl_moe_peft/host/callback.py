@@ -37,16 +37,6 @@ class AdapterCallback(TrainerCallback):
         if not self.trainer.is_deepspeed_enabled:  # DeepSpeed's optimiser holds flat copies
             _check_optimizer(kwargs["model"], kwargs["optimizer"])
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        auxiliary = getattr(self._tuner(kwargs["model"]), "auxiliary", None)
-        if self.cfg.rl and auxiliary is not None:  # these trainers compute the loss outside the model
-            scaler = self.trainer.accelerator.scaler
-            loss_scale = 1.0 if scaler is None else scaler.get_scale()
-            # fewer than args.gradient_accumulation_steps at the end of an epoch
-            auxiliary.loss_scale = loss_scale / self.trainer.current_gradient_accumulation_steps
-
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

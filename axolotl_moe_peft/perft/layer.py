@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..shared.auxiliary import AuxiliaryLosses, ForwardPass, add_auxiliary_loss
-from ..shared.routing import expert_counts, load_balancing_loss, router_z_loss
+from ..shared.auxiliary import AuxiliaryLosses
+from ..shared.routing import Routing, acting_losses
 from ..shared.tuner import TunerLayer
 from .block import MoeBlock
 from .config import PerftConfig
 from .moe_families import BaseRouting
 from .probe import base_scores
 from .units import Units
-from .variants import VARIANTS, Addition
+from .variants import VARIANTS
 
 # The authors leave the routers at transformers' `initializer_range`, and zero the up-projections almost.
 _ROUTER_STD = 0.02
@@ -155,51 +155,29 @@ class PerftLayer(nn.Module, TunerLayer):
         addition = VARIANTS[config.variant].add_to_block(self, adapter_name, x_TD, routing)
         if addition.delta_TD is not None:
             out = _add(out, addition.delta_TD)
-        forward_pass = self.auxiliary.current if self.training else None
-        if forward_pass is None:
+        return self._add_router_losses(adapter_name, out, addition.routing, routing)
+
+    def _add_router_losses(self, adapter_name: str, out: Tensor, own: Routing | None, base: BaseRouting) -> Tensor:
+        """The block's output unchanged, with the losses of the adapter's router and of the base's in its gradient."""
+        auxiliary, config, layer = self.auxiliary, self.perft_config[adapter_name], self.block.name
+        if auxiliary.current is None or not self.perft_down[adapter_name].requires_grad:
             return out
-        losses = self._router_losses(config, forward_pass, addition)
-        if config.base_router_aux_loss_coef:
-            losses.append(self._base_router_loss(config, forward_pass, routing))
-        if losses:
-            out = add_auxiliary_loss(out, sum(losses) / self.num_layers[adapter_name], forward_pass)
-        return out
-
-    def _router_losses(self, config: PerftConfig, forward_pass: ForwardPass, addition: Addition) -> list[Tensor]:
-        logits_TN, indices_TK = addition.logits_TN, addition.indices_TK
-        if logits_TN is None:
-            return []
-        mask_T = self._flat_mask(forward_pass, len(logits_TN))
-        statistics = self.auxiliary.statistics if forward_pass.running else None
-        if statistics is not None:
-            statistics.record_usage(self.block.name, expert_counts(indices_TK, config.num_experts, mask_T))
+        padded = self.block.reads_text  # a vision tower's patches are not the batch's tokens
         losses = []
-        if config.router_aux_loss_coef:
-            loss = load_balancing_loss([logits_TN], config.num_experts_per_tok, mask_T)
-            losses.append(_weigh(loss, config.router_aux_loss_coef, "router_aux_loss", statistics))
-        if config.router_z_loss_coef:
-            loss = router_z_loss(logits_TN, mask_T)
-            losses.append(_weigh(loss, config.router_z_loss_coef, "router_z_loss", statistics))
-        return losses
+        if own is not None:
+            losses.append(auxiliary.losses(adapter_name, layer, config, own, padded=padded))
+        if acting_losses(config, "base_"):
+            losses.append(auxiliary.losses(adapter_name, layer, config, self._scored(base), "base_", padded))
+        losses = [loss for loss in losses if loss is not None]
+        loss = sum(losses) / self.num_layers[adapter_name] if losses else None
+        return auxiliary.add(out, loss, adapter_name, layer)
 
-    def _base_router_loss(self, config: PerftConfig, forward_pass: ForwardPass, routing: BaseRouting) -> Tensor:
+    def _scored(self, routing: BaseRouting) -> Routing:
+        """What the base router decided, with the scores by which it did."""
         if self._base_scores is None:  # the base was on the meta device when the adapter was added
             self._base_scores = base_scores(self.block)
-        scores_TE = self._base_scores(routing.logits_TE.float())
-        loss = _base_balance_loss(scores_TE, routing.indices_TK, self._flat_mask(forward_pass, len(scores_TE)))
-        statistics = self.auxiliary.statistics if forward_pass.running else None
-        return _weigh(loss, config.base_router_aux_loss_coef, "base_router_aux_loss", statistics)
-
-    def _flat_mask(self, forward_pass: ForwardPass, num_tokens: int) -> Tensor | None:
-        mask = forward_pass.token_mask
-        if mask is None or not self.block.reads_text:  # a vision tower's patches are not the batch's tokens
-            return None
-        if mask.numel() != num_tokens:
-            raise RuntimeError(
-                f"the router of an adapter sees {num_tokens} tokens, the model's batch has {mask.numel()}: router "
-                "losses do not work where a sequence is split inside the model (context or sequence parallelism)."
-            )
-        return mask.flatten()
+        logits_TE = routing.logits_TE.float()
+        return Routing(logits_TE, routing.indices_TK, self._base_scores(logits_TE))
 
     def _note_base_routing(self, router: nn.Module, args: tuple, output: Any) -> None:
         _base_routing.set(self.block.read_router(output))
@@ -222,22 +200,3 @@ class PerftLayer(nn.Module, TunerLayer):
 
 def _add(out: Tensor, delta_TD: Tensor) -> Tensor:
     return out + delta_TD.view(out.shape).to(out.dtype)
-
-
-def _base_balance_loss(scores_TE: Tensor, indices_TK: Tensor, mask_T: Tensor | None) -> Tensor:
-    """E * sum_e f_e p_e with the experts that the base router chose, however it did, and its scores made to sum to 1.
-
-    Switch Transformer, eq. 4, for a softmax; DeepSeek-V3, eq. 17 to 20 (times k), for a sigmoid with or without groups
-    and a correction bias, over the whole batch.
-    """
-    num_tokens, num_experts = scores_TE.shape
-    probs_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
-    mask_T = probs_TE.new_ones(num_tokens) if mask_T is None else mask_T.to(probs_TE.dtype)
-    counts_E = expert_counts(indices_TK, num_experts, mask_T)
-    return num_experts * (counts_E @ (mask_T @ probs_TE)) / mask_T.sum().clamp(min=1) ** 2
-
-
-def _weigh(loss: Tensor, coef: float, name: str, statistics: Any) -> Tensor:
-    if statistics is not None:
-        statistics.record(name, loss)
-    return coef * loss

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..shared.routing import top_k_routing
+from ..shared.routing import Routing, router_logits, top_k_routing
 from .block import MoeBlock
 from .config import PerftConfig
 from .moe_families import BaseRouting
@@ -36,12 +34,11 @@ class Addition(NamedTuple):
 
     Attributes:
         delta_TD: (T, D); None where it has been added inside the block.
-        logits_TN, indices_TK: of the adapter's own router, if it has one.
+        routing: what the adapter's own router decided, if it has one.
     """
 
     delta_TD: Tensor | None
-    logits_TN: Tensor | None = None
-    indices_TK: Tensor | None = None
+    routing: Routing | None = None
 
 
 class Variant(Protocol):
@@ -93,20 +90,15 @@ class Routed:
 
     def add_to_block(self, layer: PerftLayer, adapter_name: str, x_TD: Tensor, routing: BaseRouting) -> Addition:
         config = layer.perft_config[adapter_name]
-        logits_TN = self.logits(layer, adapter_name, x_TD)
+        logits_TN = router_logits(x_TD, layer.perft_router[adapter_name])
         num_active = config.num_experts_per_tok
         weights_TK, indices_TK = top_k_routing(logits_TN, num_active, layer.norm_topk_prob[adapter_name])
         if config.gate_weights == "base":
             # 0 *: the own router stays in the graph, as DDP demands, with the gradient 0 of the authors' code
             ranked_TK = routing.weights_TK.sort(dim=-1, descending=True).values
             weights_TK = ranked_TK[:, :num_active] + 0 * weights_TK
-        return Addition(layer.units(adapter_name).routed(x_TD, weights_TK, indices_TK), logits_TN, indices_TK)
-
-    def logits(self, layer: PerftLayer, adapter_name: str, x_TD: Tensor) -> Tensor:
-        """The own router's logits, (T, N)."""
-        # float32 throughout: in bf16 a router at the usual learning rates hardly moves, and near ties flip
-        with torch.autocast(x_TD.device.type, enabled=False):
-            return F.linear(x_TD.float(), layer.perft_router[adapter_name].float())
+        delta_TD = layer.units(adapter_name).routed(x_TD, weights_TK, indices_TK)
+        return Addition(delta_TD, Routing(logits_TN, indices_TK))
 
     def add_to_experts(self, layer: PerftLayer, adapter_name: str, x_TD: Tensor, routing: BaseRouting) -> None:
         return None

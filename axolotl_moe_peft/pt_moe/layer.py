@@ -15,15 +15,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import Cache
 
-from ..shared.auxiliary import AuxiliaryLosses, add_auxiliary_loss
+from ..shared.auxiliary import AuxiliaryLosses
 from ..shared.batches import Sequences, find_sequences
 from ..shared.generation import bind, cache_in, cache_of
-from ..shared.routing import expert_counts, load_balancing_loss, top_k_routing
+from ..shared.routing import Routing, router_logits, top_k_routing
 from .config import PTMoeConfig
 from .layout import Layout
 
@@ -158,32 +157,23 @@ class PTMoeLayer(nn.Module, BaseTunerLayer):
                 mixed_QTR = (weights_QN @ experts_NTR.flatten(1)).unflatten(1, experts_NTR.shape[1:])
             shared = adapter_name in self.ptmoe_shared
             prompts_QTD = mixed_QTR @ self.ptmoe_shared[adapter_name].float() if shared else mixed_QTR
-        prompts_QTD = prompts_QTD.to(embeds_BSD.dtype)
-        return prompts_QTD if loss is None else add_auxiliary_loss(prompts_QTD, loss, self.auxiliary.current)
+        return self.auxiliary.add(prompts_QTD.to(embeds_BSD.dtype), loss, adapter_name, "prompt")
 
     def _route(self, adapter_name: str, x_QD: Tensor) -> tuple[Tensor, Tensor | None]:
         """Each expert's weight, (Q, N), K of them not 0; and the router loss if there is one."""
         config = self.ptmoe_config[adapter_name]
-        weight_ND = self.ptmoe_router_weight[adapter_name].float()
-        logits_QN = F.linear(x_QD, weight_ND, self.ptmoe_router_bias[adapter_name].float())
+        logits_QN = router_logits(x_QD, self.ptmoe_router_weight[adapter_name], self.ptmoe_router_bias[adapter_name])
         if self.training and config.router_noise_std:
             logits_QN = logits_QN * (1 + config.router_noise_std * torch.randn_like(logits_QN))
         weights_QK, indices_QK = top_k_routing(logits_QN, config.top_k, norm_topk_prob=False)
         if not config.scale_by_router_prob:
             weights_QK = 0 * weights_QK + 1
         weights_QN = torch.zeros_like(logits_QN).scatter(1, indices_QK, weights_QK)
-        if not self.training or self.auxiliary.current is None:
-            return weights_QN, None
-        statistics = self.auxiliary.statistics
-        statistics.record_usage("prompt", expert_counts(indices_QK, config.num_experts))
-        if not config.router_aux_loss_coef:
-            return weights_QN, None
-        if not len(x_QD):  # all padding
-            statistics.record("router_aux_loss", logits_QN.new_zeros(()), count=0)
-            return weights_QN, None
-        loss = load_balancing_loss([logits_QN], config.top_k)
-        statistics.record("router_aux_loss", loss)
-        return weights_QN, config.router_aux_loss_coef * loss
+        loss = None
+        if self.ptmoe_experts[adapter_name].requires_grad:
+            routing = Routing(logits_QN, indices_QK)
+            loss = self.auxiliary.losses(adapter_name, "prompt", config, routing, padded=False)
+        return weights_QN, loss
 
     # ------------------------------------------------------------------------------------------- around the decoder
 

@@ -1,16 +1,49 @@
-"""Top-k routing and the router losses, shared by every method of the package.
+"""A router, whatever it routes: float32 logits, top-k, and the router losses.
 
-Shape suffixes: T tokens, N experts, K experts per token.
+A new router loss is a function in ROUTER_LOSSES, the field of a config that is called as it is with `_coef` behind,
+and a row of the README.
+
+Shape suffixes: T tokens (or sequences, where a router chooses for a whole one), N experts, K experts per token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+_P, _R = ParamSpec("_P"), TypeVar("_R")
 
+
+def in_float32(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Run a function without autocast, which would compute its matrix products in bf16 or fp16.
+
+    In bf16 a router at the usual learning rates hardly moves, near ties flip, and its losses are off by 1 %; in fp16
+    sums over a batch are infinite.
+    """
+
+    @wraps(function)
+    def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        given = (x[0] if isinstance(x, (list, tuple)) else x for x in (*args, *kwargs.values()))
+        device = next(x.device for x in given if isinstance(x, Tensor))
+        with torch.autocast(device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return wrapper
+
+
+@in_float32
+def router_logits(x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """Score the experts for each token: float32 (T, N), whatever the dtypes and autocast say."""
+    return F.linear(x_TD.float(), weight_ND.float(), None if bias_N is None else bias_N.float())
+
+
+@in_float32
 def top_k_routing(logits_TN: Tensor, num_experts_per_tok: int, norm_topk_prob: bool) -> tuple[Tensor, Tensor]:
     """Choose K experts for each token: softmax over all N, then top-k.
 
@@ -30,14 +63,40 @@ def top_k_routing(logits_TN: Tensor, num_experts_per_tok: int, norm_topk_prob: b
     return weights_TK, indices_TK
 
 
+@in_float32
+def balance_loss(scores_TN: Tensor, indices_TK: Tensor, token_mask_T: Tensor | None = None) -> Tensor:
+    """Load-balancing loss N * sum_e f_e p_e of a router that chose these experts by these scores.
+
+    f_e is the number of choices of expert e per token (no gradient), p_e its mean share of a token's scores. Switch
+    Transformer, eq. 4, for a softmax; DeepSeek-V3, eq. 17 to 20 (times K), for a sigmoid with or without groups and a
+    correction bias, over the whole batch. The value is K when the load is balanced, and the constant K when K = N.
+
+    Args:
+        scores_TN: (T, N), at least 0, each token's with a sum above 0.
+        indices_TK: int64 (T, K).
+        token_mask_T: bool (T,), true for real tokens; None counts every token.
+
+    Returns:
+        0-dim float32 tensor; 0 if no token is real.
+    """
+    num_tokens, num_experts = scores_TN.shape
+    scores_TN = scores_TN.float()
+    shares_TN = scores_TN / scores_TN.sum(dim=-1, keepdim=True)
+    counts_N = expert_counts(indices_TK, num_experts, token_mask_T)
+    if token_mask_T is None:
+        return num_experts * (counts_N @ shares_TN.sum(0)) / max(num_tokens, 1) ** 2
+    mask_T = token_mask_T.float()
+    return num_experts * (counts_N @ (mask_T @ shares_TN)) / mask_T.sum().clamp(min=1) ** 2
+
+
+@in_float32
 def load_balancing_loss(
     layers_logits: Sequence[Tensor], num_experts_per_tok: int, token_mask_T: Tensor | None = None
 ) -> Tensor:
-    """Load-balancing loss N * sum_e f_e p_e (Switch Transformer, eq. 4, for top-k).
+    """`balance_loss` of softmax routers with top-k.
 
-    f_e is the number of choices of expert e per token (no gradient), p_e its mean probability. The value is K when
-    the load is balanced, and the constant K when K = N. Several layers' logits are pooled before the product, as
-    transformers and PERFT's authors do; hand over one layer at a time for a loss in which layers cannot cancel.
+    Several layers' logits are pooled before the product, as transformers and PERFT's authors do; hand over one layer
+    at a time for a loss in which layers cannot cancel.
 
     Args:
         layers_logits: raw router logits of one or more layers over the same tokens, each (T, N).
@@ -47,16 +106,13 @@ def load_balancing_loss(
     Returns:
         0-dim float32 tensor; 0 if no token is real.
     """
-    logits_TN = torch.cat(list(layers_logits)).float()
-    num_tokens, num_experts = logits_TN.shape
-    probs_TN = logits_TN.softmax(dim=-1)
-    chosen_TN = torch.zeros_like(probs_TN).scatter_(-1, probs_TN.topk(num_experts_per_tok, dim=-1).indices, 1.0)
-    if token_mask_T is None:
-        return num_experts * (chosen_TN.sum(0) @ probs_TN.sum(0)) / num_tokens**2
-    mask_T = token_mask_T.to(probs_TN.dtype).repeat(len(layers_logits))
-    return num_experts * ((mask_T @ chosen_TN) @ (mask_T @ probs_TN)) / mask_T.sum().clamp(min=1) ** 2
+    probs_TN = torch.cat(list(layers_logits)).float().softmax(dim=-1)
+    indices_TK = probs_TN.topk(num_experts_per_tok, dim=-1).indices
+    mask_T = None if token_mask_T is None else token_mask_T.repeat(len(layers_logits))
+    return balance_loss(probs_TN, indices_TK, mask_T)
 
 
+@in_float32
 def router_z_loss(logits_TN: Tensor, token_mask_T: Tensor | None = None) -> Tensor:
     """Mean over the real tokens of logsumexp(logits)^2 (ST-MoE, eq. 5).
 
@@ -69,9 +125,49 @@ def router_z_loss(logits_TN: Tensor, token_mask_T: Tensor | None = None) -> Tens
     """
     z_T = logits_TN.float().logsumexp(dim=-1).square()
     if token_mask_T is None:
-        return z_T.mean()
+        return z_T.sum() / max(len(z_T), 1)
     mask_T = token_mask_T.to(z_T.dtype)
     return (mask_T @ z_T) / mask_T.sum().clamp(min=1)
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What a router made of a batch.
+
+    Attributes:
+        logits_TN: raw logits, (T, N).
+        indices_TK: the experts that it chose, int64 (T, K).
+        scores_TN: what it chose by, (T, N), at least 0; None for a softmax of the logits.
+    """
+
+    logits_TN: Tensor
+    indices_TK: Tensor
+    scores_TN: Tensor | None = None
+
+    def balance_loss(self, token_mask_T: Tensor | None) -> Tensor:
+        scores_TN = self.logits_TN.float().softmax(-1) if self.scores_TN is None else self.scores_TN
+        return balance_loss(scores_TN, self.indices_TK, token_mask_T)
+
+    def z_loss(self, token_mask_T: Tensor | None) -> Tensor:
+        return router_z_loss(self.logits_TN, token_mask_T)
+
+
+# The losses that act on a router, by their names: of a config's field, without `_coef`, and of the figure in the log.
+ROUTER_LOSSES: dict[str, Callable[[Routing, Tensor | None], Tensor]] = {
+    "router_aux_loss": Routing.balance_loss,
+    "router_z_loss": Routing.z_loss,
+}
+
+
+def acting_losses(config: Any, prefix: str = "") -> dict[str, float]:
+    """The router losses whose coefficient in a method's config is not 0, by name, and the coefficients.
+
+    Args:
+        config: the method's config.
+        prefix: `base_` for those on the base model's router.
+    """
+    coefs = {name: getattr(config, f"{prefix}{name}_coef", 0.0) for name in ROUTER_LOSSES}
+    return {name: coef for name, coef in coefs.items() if coef}
 
 
 def expert_counts(indices_TK: Tensor, num_experts: int, token_mask_T: Tensor | None = None) -> Tensor:
@@ -81,26 +177,3 @@ def expert_counts(indices_TK: Tensor, num_experts: int, token_mask_T: Tensor | N
         weights_TK = weights_TK * token_mask_T.unsqueeze(-1)
     counts_N = weights_TK.new_zeros(num_experts)
     return counts_N.index_add_(0, indices_TK.flatten(), weights_TK.flatten())
-
-
-def usage_figures(counts_LN: Tensor) -> dict[str, float]:
-    """Three bounded figures of how the experts were used, averaged over L layers.
-
-    Args:
-        counts_LN: choices per expert, (L, N).
-
-    Returns:
-        `expert_entropy` (1 = uniform, 0 = one expert; 1 where N is 1), `expert_max_share` (1/N .. 1) and
-        `expert_used_fraction` (0 .. 1).
-    """
-    share_LN = counts_LN / counts_LN.sum(-1, keepdim=True).clamp(min=1)
-    num_experts = counts_LN.shape[-1]
-    if num_experts == 1:
-        entropy_L = torch.ones(len(counts_LN))
-    else:
-        entropy_L = torch.special.entr(share_LN).sum(-1) / torch.tensor(float(num_experts)).log()
-    return {
-        "expert_entropy": entropy_L.mean().item(),
-        "expert_max_share": share_LN.amax(-1).mean().item(),
-        "expert_used_fraction": (counts_LN > 0).float().mean().item(),
-    }

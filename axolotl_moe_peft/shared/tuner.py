@@ -24,6 +24,12 @@ class Tuner(BaseTuner):
         warn_of_newer_versions()
         super().__init__(*args, **kwargs)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        for name in ("statistics", "eval_statistics"):
+            if (statistics := getattr(self, name, None)) is not None:
+                statistics.discard(adapter_name)
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # the layers create float32; PEFT's flag is the way to ask for the base's dtype
         if autocast_adapter_dtype or self.model.dtype == torch.float32:

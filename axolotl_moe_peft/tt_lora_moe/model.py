@@ -17,9 +17,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ..shared.auxiliary import RouterStatistics, share_of_accumulated_batch
+from ..shared.auxiliary import share_of_accumulated_batch
 from ..shared.batches import IGNORE_INDEX, Sequences, find_sequences
 from ..shared.generation import CACHE_NAMES, bind, cache_in, cache_of
+from ..shared.statistics import Figures, RouterStatistics
 from ..shared.summary import ParameterRow, parameter_row
 from ..shared.tuner import Tuner
 from .config import TTLoraMoeConfig, check_expert_entry
@@ -209,8 +210,8 @@ class TTLoraMoeModel(Tuner):
             losses_N = _cross_entropies(noisy_NE, labels_N)
             loss = loss + losses_N.sum() / (labels_N != IGNORE_INDEX).sum().clamp(min=1)
             self.chosen_experts[adapter_name] = logits_NE.argmax(-1)
-            self._record(self.statistics, config, losses_N, logits_NE, labels_N)
-        return CausalLMOutputWithPast(loss=loss * share_of_accumulated_batch(batch))
+            self._record(self.statistics.of(adapter_name), config, losses_N, logits_NE, labels_N)
+        return CausalLMOutputWithPast(loss=loss * share_of_accumulated_batch(batch, self.model))
 
     @torch.no_grad()
     def _features(self, config: TTLoraMoeConfig, sequences: Sequences, batch: dict[str, Any]) -> _Features:
@@ -264,7 +265,8 @@ class TTLoraMoeModel(Tuner):
         expert_N = self.chosen_experts[adapter_name] = logits_NE.argmax(-1)
         if self._expert_labels is not None:
             labels_N = _labels_of_sequences(self._expert_labels, sequences)
-            self._record(self.eval_statistics, config, _cross_entropies(logits_NE, labels_N), logits_NE, labels_N)
+            figures = self.eval_statistics.of(adapter_name)
+            self._record(figures, config, _cross_entropies(logits_NE, labels_N), logits_NE, labels_N)
         padding_BS = sequences.index_BS < 0
         expert_BS = torch.where(padding_BS, -1, expert_N[sequences.index_BS.clamp(min=0)])
         expert_B1 = expert_BS.amax(1, keepdim=True)
@@ -273,15 +275,15 @@ class TTLoraMoeModel(Tuner):
 
     def _record(
         self,
-        statistics: RouterStatistics,
+        figures: Figures,
         config: TTLoraMoeConfig,
         losses_N: Tensor,
         logits_NE: Tensor,
         labels_N: Tensor,
     ) -> None:
-        statistics.record_by_expert("router_loss", losses_N, labels_N, config.expert_names)
+        figures.record_by_expert("router_loss", losses_N, labels_N, config.expert_names)
         right_N = (logits_NE.argmax(-1) == labels_N).float()
-        statistics.record_by_expert("router_accuracy", right_N, labels_N, config.expert_names)
+        figures.record_by_expert("router_accuracy", right_N, labels_N, config.expert_names)
 
     def _batch(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in bind(self.model, args, kwargs).items() if value is not None}

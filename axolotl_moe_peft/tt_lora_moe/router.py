@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..shared.routing import router_logits
 from ..shared.tuner import TunerLayer
 from .config import TTLoraMoeConfig
 
@@ -81,25 +82,16 @@ class PromptRouter(nn.Module, TunerLayer):
         Returns:
             logits (N, E), float32, without noise.
         """
-        # float32: a router at the usual learning rates hardly moves in bf16, and near ties flip
-        with torch.autocast(features_NH.device.type, enabled=False):
-            x = features_NH.float()
-            if adapter_name in self.ttmoe_hidden_weight:
-                hidden_weight, hidden_bias = (
-                    self.ttmoe_hidden_weight[adapter_name],
-                    self.ttmoe_hidden_bias[adapter_name],
-                )
-                x = F.linear(x, hidden_weight.float(), hidden_bias.float()).relu()
-            logits_NE = F.linear(x, self.ttmoe_weight[adapter_name].float())
-            if adapter_name in self.ttmoe_bias:
-                logits_NE = logits_NE + self.ttmoe_bias[adapter_name].float()
-            return logits_NE
+        x = features_NH
+        if adapter_name in self.ttmoe_hidden_weight:
+            x = router_logits(x, self.ttmoe_hidden_weight[adapter_name], self.ttmoe_hidden_bias[adapter_name]).relu()
+        bias_E = self.ttmoe_bias[adapter_name] if adapter_name in self.ttmoe_bias else None
+        return router_logits(x, self.ttmoe_weight[adapter_name], bias_E)
 
     def noise_std(self, features_NH: Tensor, adapter_name: str) -> Tensor:
         """Standard deviation of the noise on each logit, from the mean over the prompt (N, H): float32 (N, E)."""
-        with torch.autocast(features_NH.device.type, enabled=False):
-            weight, bias = self.ttmoe_noise_weight[adapter_name], self.ttmoe_noise_bias[adapter_name]
-            return F.softplus(F.linear(features_NH.float(), weight.float(), bias.float()))
+        weight, bias = self.ttmoe_noise_weight[adapter_name], self.ttmoe_noise_bias[adapter_name]
+        return F.softplus(router_logits(features_NH, weight, bias))
 
 
 def _shapes(config: TTLoraMoeConfig, hidden_size: int) -> dict[str, tuple[int, ...]]:

@@ -141,7 +141,7 @@ def test_padding_counts_in_no_statistic(family):
         labels = padded.masked_fill(mask == 0, -100)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         counted: dict[str, Tensor] = {}
-        model.base_model.statistics.record_usage = counted.__setitem__
+        model.base_model.statistics.of("default").record_usage = counted.__setitem__
         model(input_ids=padded, attention_mask=mask, position_ids=positions, labels=labels, use_cache=False)
         figures.append(counted)
     assert len(figures[0]) == len(FAMILIES[family][1])

@@ -9,7 +9,7 @@ from transformers.activations import ACT2FN
 
 from axolotl_moe_peft import PerftConfig
 from axolotl_moe_peft.perft import PerftLayer
-from axolotl_moe_peft.perft.variants import Routed
+from axolotl_moe_peft.shared.routing import router_logits
 from tests.tiny_models import FAMILIES, random_ids, randomise_adapters, tiny_model
 
 VARIANTS = {
@@ -186,7 +186,7 @@ def test_the_router_computes_in_float32_whatever_surrounds_it():
     layer = layers_of(model)[0]
     x = torch.randn(6, 32).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        logits = Routed().logits(layer, "default", x)
+        logits = router_logits(x, layer.perft_router["default"])
     assert torch.equal(logits, x.float() @ layer.perft_router["default"].float().T)
 
 

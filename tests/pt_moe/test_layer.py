@@ -272,7 +272,7 @@ def test_figures_count_sequences_and_leave_the_filling_out():
 
 
 def test_coefficient_zero_runs_no_router_loss(monkeypatch):
-    monkeypatch.delattr("axolotl_moe_peft.pt_moe.layer.load_balancing_loss")
+    monkeypatch.delattr("axolotl_moe_peft.shared.routing.balance_loss")
     chosen(pt_moe(), **batch("packed"))
 
 
@@ -308,8 +308,9 @@ def test_every_parameter_gets_a_gradient_whatever_is_chosen(setting):
     """DDP waits for the gradients of all, also of a row of nothing but padding."""
     for call in (batch("packed"), {k: v[:1] for k, v in batch("right").items()}, padding_only()):
         model = pt_moe("llama", setting).train()
-        model.base_model.auxiliary.loss_scale = 1.0  # the loss of padding is nan, so the logits stand in for it
-        model(**call).logits.sum().backward()
+        stand_in = model(**call).logits.sum()  # the loss of padding is nan
+        model.base_model.auxiliary.follow(stand_in)
+        stand_in.backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in layer_of(model).parameters())
 
 

@@ -10,7 +10,6 @@ from peft import PeftModel, get_peft_model
 
 from axolotl_moe_peft import PerftConfig
 from axolotl_moe_peft.perft import PerftLayer
-from axolotl_moe_peft.perft import layer as perft_layer
 from axolotl_moe_peft.shared import auxiliary, routing
 from tests.tiny_models import FAMILIES, PAD, random_ids, randomise_adapters, tiny_model
 
@@ -167,22 +166,92 @@ def test_tuples_instead_of_model_outputs_scale_as_well():
     assert_same(gradients(model), reference_gradients([inputs], [0.5]))
 
 
-def test_a_loss_computed_outside_takes_the_scale_that_it_is_told():
-    inputs = batch(0)
+def outside_loss(model: PeftModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The model's own loss, computed by somebody else from its logits."""
+    inputs = dict(inputs)
     labels = inputs.pop("labels")
-    model = perft(checkpointing="reentrant")
-    model.base_model.auxiliary.loss_scale = 0.25
     logits = model(**inputs).logits
-    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-    (loss * 0.25).backward()
-    assert_same(gradients(model), reference_gradients([{**inputs, "labels": labels}], [0.25]))
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
 
-def test_an_unknown_scale_is_a_warning_not_a_secret():
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+def test_a_loss_computed_outside_gives_its_scale_if_it_is_followed(checkpointing):
+    """Accumulation, and the factor of an fp16 scaler."""
+    batches = [batch(seed) for seed in range(2)]
+    model = perft(checkpointing=checkpointing)
+    for inputs in batches:
+        loss = outside_loss(model, inputs)
+        model.base_model.auxiliary.follow(loss)
+        (loss / 2 * 1024).backward()
+    assert_same({n: g / 1024 for n, g in gradients(model).items()}, reference_gradients(batches, [0.5] * 2))
+
+
+def test_two_forwards_of_one_followed_loss_have_its_scale():
+    batches = [batch(0), batch(1)]
+    model = perft(checkpointing="reentrant")
+    loss = sum(outside_loss(model, inputs) for inputs in batches)
+    model.base_model.auxiliary.follow(loss)
+    (0.25 * loss).backward()
+    assert_same(gradients(model), reference_gradients(batches, [0.25, 0.25]))
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+def test_an_unknown_scale_is_an_error(checkpointing):
+    loss = outside_loss(perft(checkpointing=checkpointing), batch(0))
+    with pytest.raises(RuntimeError, match=r"auxiliary\.follow\(loss\).*coefficients"):
+        loss.backward()
+
+
+def test_a_loss_from_hidden_states_past_the_model_counts():
+    """Fused losses call the decoder and read lm_head's weight."""
+    inputs = batch(0, padding=3)
+    model = perft(checkpointing="reentrant")
+    base = model.get_base_model()
+    hidden = base.model(**{k: v for k, v in inputs.items() if k != "labels"}).last_hidden_state
+    logits = hidden @ base.lm_head.weight.T
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten())
+    model.base_model.auxiliary.follow(loss)
+    (0.5 * loss).backward()
+    assert_same(gradients(model), reference_gradients([inputs], [0.5]))
+
+
+def test_a_model_trained_in_evaluation_mode_has_its_router_losses():
+    inputs = batch(0, padding=3)
+    model = perft().eval()
+    model(**inputs).loss.backward()
+    assert_same(gradients(model), reference_gradients([inputs], [1.0]))
+
+
+def test_gradients_of_something_else_in_evaluation_mode_have_no_router_losses_and_say_so():
     inputs = batch(0)
     del inputs["labels"]
-    with pytest.warns(UserWarning, match="the loss is computed outside the model"):
-        perft()(**inputs).logits.sum().backward()
+    with pytest.warns(UserWarning, match="have no part in them"):
+        model = perft().eval()
+        model(**inputs).logits.sum().backward()
+    plain = perft(**dict.fromkeys(COEFS, 0.0)).eval()
+    plain(**inputs).logits.sum().backward()
+    assert_same(gradients(model), gradients(plain))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_router_losses_under_autocast_and_a_scaler_are_those_of_float32(dtype):
+    """The routers alone: with up-projections of 0 their gradient is the losses', of inputs that autocast rounds."""
+    inputs = batch(0, padding=3)
+    model, scale = perft(gate_weights="base"), 2.0**16 if dtype == torch.float16 else 1.0
+    seen: dict[PerftLayer, torch.Tensor] = {}
+    for layer in (m for m in model.modules() if isinstance(m, PerftLayer)):
+        layer.register_forward_pre_hook(lambda m, args: seen.__setitem__(m, args[0].detach().float()))
+    with torch.autocast("cpu", dtype):
+        loss = model(**inputs).loss
+    (loss * scale).backward()
+    mask = inputs["attention_mask"].bool().flatten()
+    for layer, hidden in seen.items():
+        router = layer.perft_router["default"].detach().clone().requires_grad_()
+        logits = hidden.flatten(0, 1) @ router.T
+        expected = COEFS["router_aux_loss_coef"] * plain_balance_loss(logits, 2, mask)
+        expected = expected + COEFS["router_z_loss_coef"] * logits.logsumexp(-1).square()[mask].mean()
+        (expected / len(seen)).backward()
+        torch.testing.assert_close(layer.perft_router["default"].grad / scale, router.grad, rtol=1e-4, atol=1e-7)
 
 
 def packed(rows: list[torch.Tensor], filler: int) -> dict[str, torch.Tensor]:
@@ -248,8 +317,8 @@ def test_coefficient_0_runs_no_auxiliary_code(monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("auxiliary code ran")
 
-    for name in ("load_balancing_loss", "router_z_loss", "add_auxiliary_loss"):
-        monkeypatch.setattr(perft_layer, name, fail)
+    for name in ("balance_loss", "router_z_loss", "add_auxiliary_loss"):
+        monkeypatch.setattr(auxiliary if name == "add_auxiliary_loss" else routing, name, fail)
     model = perft(**dict.fromkeys(COEFS, 0.0))
     model(**batch(0)).loss.backward()
     off = gradients(model)

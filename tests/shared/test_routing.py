@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from axolotl_moe_peft.shared.routing import (
+    balance_loss,
     expert_counts,
     load_balancing_loss,
+    router_logits,
     router_z_loss,
     top_k_routing,
-    usage_figures,
 )
+from axolotl_moe_peft.shared.statistics import usage_figures
 
 
 def logits(num_tokens: int, num_experts: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
@@ -103,3 +105,28 @@ def test_expert_counts_and_usage_figures_count_real_tokens():
     figures = usage_figures(torch.tensor([[2.0, 2.0], [4.0, 0.0]]))
     assert figures == pytest.approx({"expert_entropy": 0.5, "expert_max_share": 0.75, "expert_used_fraction": 0.75})
     assert usage_figures(torch.tensor([[7.0]]))["expert_entropy"] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_autocast_changes_no_loss_and_no_gradient(dtype, masked):
+    """Of many tokens: sums over them are too coarse for bf16, and too large for fp16."""
+    scores = (logits(8192, 8) + torch.linspace(-0.3, 0.3, 8)).requires_grad_()
+    mask = torch.arange(8192) % 10 != 0 if masked else None
+    weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
+    functions = (
+        lambda: load_balancing_loss([scores], 2, mask),
+        lambda: balance_loss(scores.sigmoid(), scores.topk(2).indices, mask),
+        lambda: router_z_loss(scores, token_mask_T=mask),
+        lambda: router_logits(scores @ weight, weight_ND=weight).square().mean(),
+        lambda: top_k_routing(logits_TN=scores, num_experts_per_tok=2, norm_topk_prob=True)[0].square().mean(),
+    )
+    for function in functions:
+        expected = function()
+        with torch.autocast("cpu", dtype):
+            loss = function()
+        assert loss.dtype == torch.float32
+        if function is not functions[3]:  # whose input autocast has rounded
+            assert torch.equal(loss, expected)
+            gradients = [torch.autograd.grad(x, scores)[0] for x in (loss, expected)]
+            assert torch.equal(*gradients)
