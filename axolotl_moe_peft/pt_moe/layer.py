@@ -155,8 +155,11 @@ class PTMoeLayer(nn.Module, BaseTunerLayer):
                 weights_QN, loss = self._route(adapter_name, sequences.prompt_mean(embeds_BSD.detach()))
                 # all experts take part, the unchosen with weight 0: DDP waits for every gradient
                 mixed_QTR = (weights_QN @ experts_NTR.flatten(1)).unflatten(1, experts_NTR.shape[1:])
-            shared = adapter_name in self.ptmoe_shared
-            prompts_QTD = mixed_QTR @ self.ptmoe_shared[adapter_name].float() if shared else mixed_QTR
+            prompts_QTD = mixed_QTR
+            if adapter_name in self.ptmoe_shared:
+                # as one matrix: a trainable factor and a frozen one then take the same product, bit by bit
+                rows = mixed_QTR.flatten(0, 1) @ self.ptmoe_shared[adapter_name].float()
+                prompts_QTD = rows.unflatten(0, mixed_QTR.shape[:2])
         return self.auxiliary.add(prompts_QTD.to(embeds_BSD.dtype), loss, adapter_name, "prompt")
 
     def _route(self, adapter_name: str, x_QD: Tensor) -> tuple[Tensor, Tensor | None]:

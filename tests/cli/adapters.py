@@ -1,4 +1,4 @@
-"""One adapter of every kind as YAML keys, without what is random (noise, dropout), and the host's own LoRA."""
+"""Tiny adapters as YAML keys, and the host's own LoRA."""
 
 from __future__ import annotations
 
@@ -11,36 +11,12 @@ from transformers import AutoModelForCausalLM
 
 from axolotl_moe_peft import TTLoraConfig
 from axolotl_moe_peft.host.args import CONFIGS
+from tests.tiny_adapters import ALPHA, BLOCKS, RANK, TT_LORA
 
-N, K, RANK, ALPHA = 8, 2, 4, 8
-# large enough to be a good part of the gradient
-AUX, Z = 0.5, 0.1
-TT_LORA = {
-    "rank": RANK,
-    "alpha": ALPHA,
-    "target_modules": ["q_proj", "v_proj"],
-    "factors": {"q_proj": {"in": [8, 2, 2], "out": [4, 8]}},
-}
 LORA = {"lora_r": RANK, "lora_alpha": ALPHA, "lora_target_modules": TT_LORA["target_modules"]}
 TRITON_KERNELS = {f"lora_{part}_kernel": False for part in ("mlp", "qkv", "o", "embedding")}
-# the adapter of the YAML and its block; a balance coefficient where the adapter has one
-BLOCKS: dict[str, tuple[str, dict[str, Any]]] = {
-    "perft": (
-        "perft",
-        {"num_experts": N, "num_experts_per_tok": K, "rank": RANK, "alpha": ALPHA}
-        | {"router_aux_loss_coef": AUX, "router_z_loss_coef": Z},
-    ),
-    "perft embedded": ("perft", {"variant": "embedded", "rank": RANK, "base_router_aux_loss_coef": AUX}),
-    "perft dense": ("perft", {"variant": "dense", "num_experts": 2, "rank": RANK}),
-    "tt_lora": ("tt_lora", TT_LORA),
-    "tt_lora_moe": ("tt_lora_moe", {"router_noise": False}),
-    "pt_moe": (
-        "pt_moe",
-        {"num_virtual_tokens": 4, "num_experts": 3, "rank": 3, "router_noise_std": 0.0, "router_aux_loss_coef": AUX},
-    ),
-}
-ADAPTERS = ("lora", *BLOCKS)
-ADAPTERS = ("lora", *BLOCKS)
+# those of the table that a run of the host could treat differently
+ADAPTERS = ("lora", "perft", "perft embedded", "perft dense", "tt_lora", "tt_lora_moe", "pt_moe")
 EXPERTS = ("a", "b")
 
 

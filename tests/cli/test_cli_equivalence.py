@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from tests.cli.adapters import ADAPTERS, ALPHA, AUX, RANK, K, N, Z, adapter_keys, dataset_keys
+from tests.cli.adapters import ADAPTERS, adapter_keys, dataset_keys
 from tests.cli.cli_helpers import AxolotlPool, adapter_tensors, log_history, tokenised, write_rows, write_yaml
+from tests.tiny_adapters import ALPHA, AUX, RANK, K, N, Z
 
 STEPS = 2
 CHECKPOINTING = {"gradient_checkpointing": True}

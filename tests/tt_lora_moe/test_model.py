@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
@@ -280,25 +280,6 @@ def counted(keys: dict, module: str) -> int:
     return sum(p.numel() for name, p in model.named_parameters() if layer in name)
 
 
-def test_a_partial_foreign_or_truncated_pool_does_not_load(entries, tmp_path):
-    folder = tmp_path / "pool"
-    pool_of(entries).save_pretrained(folder)
-    file = folder / "adapter_model.safetensors"
-    tensors = load_file(file)
-
-    def load_with(changed: dict[str, Tensor]) -> None:
-        save_file(changed, file)
-        peft.PeftModel.from_pretrained(tiny_model("llama"), folder)
-
-    key = "base_model.model.model.layers.1.self_attn.v_proj.ttmoe_cores"
-    with pytest.raises(RuntimeError, match="v_proj.ttmoe_cores"):
-        load_with({k: t for k, t in tensors.items() if k != key})
-    with pytest.raises(RuntimeError, match="v_proj.ttmoe_cores"):
-        load_with(tensors | {key: tensors[key][:-1].clone()})
-    with pytest.raises(RuntimeError, match="does not have"):
-        load_with(tensors | {key.replace("v_proj", "o_proj"): tensors[key].clone()})
-
-
 def test_the_config_of_a_saved_pool_alone_is_no_pool(entries, tmp_path):
     pool_of(entries).save_pretrained(tmp_path)
     model = peft.get_peft_model(tiny_model("llama"), TTLoraMoeConfig.from_pretrained(tmp_path)).eval()
@@ -331,29 +312,6 @@ def test_adding_an_expert_keeps_the_others_and_the_trained_router(entries, tmp_p
         assert torch.equal(at_once(input_ids=ids).logits, grown.eval()(input_ids=ids).logits)
     with pytest.raises(ValueError, match="has an expert 'rte' already"):
         grown.base_model.add_expert(entries[2]["name"], entries[2]["path"])
-
-
-def test_disabling_equals_the_base_and_pools_switch_and_unload(entries, tmp_path):
-    ids = random_ids(4, 8)
-    with torch.no_grad():
-        plain = tiny_model("llama")(input_ids=ids).logits
-        model = pool_of(entries)
-        first = model(input_ids=ids).logits
-        torch.manual_seed(11)
-        model.add_adapter("other", TTLoraMoeConfig(experts=entries[::-1], task_type="CAUSAL_LM"))
-        model.set_adapter("other")
-        second = model.eval()(input_ids=ids).logits
-        assert chosen(model, "other") and not torch.equal(first, second)
-        with model.disable_adapter():
-            assert torch.equal(model(input_ids=ids).logits, plain)
-        model.set_adapter("default")
-        assert torch.equal(model(input_ids=ids).logits, first)
-        model.delete_adapter("other")
-        assert not any(".other" in name for name in model.state_dict())
-        assert torch.equal(model(input_ids=ids).logits, first)
-        base = model.unload()
-        assert torch.equal(base(input_ids=ids).logits, plain)
-    assert set(base.state_dict()) == set(tiny_model("llama").state_dict())
 
 
 def test_merging_is_refused_with_the_reason(entries):
