@@ -23,6 +23,19 @@ class Layout:
     A prompt comes directly before its sequence's first token, so padding stays outside on either side. Rows with
     fewer sequences than others are filled up at their end.
 
+    With prompts of two tokens (P, Q) before two packed sequences (a b c, d e) in one row, and before one sequence that
+    is padded on the left (. f g h i) in the other:
+
+        tokens (B, S)    a b c d e                index_BS      0 0 0 1 1
+                         . f g h i                             -1 2 2 2 2
+        rows (B, L)      P Q a b c P Q d e        position_BL   0 1 2 3 4 0 1 2 3
+                         . P Q f g h i - -                      0 0 1 2 3 4 5 0 0
+        token_BS         2 3 4 7 8                prompt_QT     0 1, 5 6, 10 11
+                         9 12 13 14 15
+
+    so B = 2, S = 5, L = 5 + 2 * 2 = 9 (- fills up), the second row begins at 9 in the flattened rows, and the longest
+    sequence has 6 positions.
+
     Attributes:
         shape: (B, L).
         token_BS: where each token went.
@@ -80,6 +93,11 @@ class Layout:
         mask[self.prompt_QT] = 1
         return mask.view(self.shape)
 
+    def ends(self) -> Tensor:
+        """Where each row's prompt ends, of rows with one sequence at most: int64 (B,), 0 without one."""
+        last_Q = self.prompt_QT[:, -1]
+        return last_Q.new_zeros(self.shape[0]).index_copy(0, last_Q // self.shape[1], last_Q % self.shape[1] + 1)
+
     def strip(self, output: Any) -> Any:
         """Take the prompts' positions out of (B, L, ...) states and (B * L, ...) router logits, tuples of them too."""
         if isinstance(output, tuple):
@@ -92,3 +110,12 @@ class Layout:
         if output.dim() == 2 and len(output) == self.shape[0] * self.shape[1]:
             return output[self.token_BS.flatten()]
         return output
+
+
+def insert_ones(mask_BS: Tensor, count: int) -> Tensor:
+    """Insert `count` ones directly before each row's first token: 0 1 1 and two become 0 1 1 1 1."""
+    first_B1 = (mask_BS > 0).int().argmax(1, keepdim=True)
+    position = torch.arange(mask_BS.shape[1] + count, device=mask_BS.device)
+    prompt = (position >= first_B1) & (position < first_B1 + count)
+    source = torch.where(position < first_B1, position, position - count).clamp(min=0)
+    return mask_BS.gather(1, source).masked_fill(prompt, 1)

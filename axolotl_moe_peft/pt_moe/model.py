@@ -6,16 +6,16 @@ import warnings
 from typing import Any
 
 import torch
-from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from ..shared.auxiliary import AuxiliaryLosses
+from ..shared.auxiliary import AuxiliaryLosses, RouterStatistics
 from ..shared.generation import arguments_of
 from ..shared.summary import ParameterRow, parameter_row
 from ..shared.tuner import Tuner, whole
 from .config import PTMoeConfig
-from .layer import PTMoeLayer, generation
+from .insertion import PromptInsertion
+from .layer import PTMoeLayer
 
 _LAYER_NAME = "soft_prompt"
 _NEEDED_ARGUMENTS = ("inputs_embeds", "attention_mask")
@@ -53,25 +53,13 @@ class PTMoeModel(Tuner):
         # a call, not `.forward` as in BaseTuner: the labels reach the prompt through the model's hooks
         return self.model(*args, **kwargs)
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate with the prompts that the input's tokens choose, whatever is generated then.
+    @property
+    def auxiliary(self) -> AuxiliaryLosses:
+        return self._layer.auxiliary
 
-        Raises:
-            ValueError: chunks of the input would choose, and not all of it.
-        """
-        config = kwargs.get("generation_config") or self.model.generation_config
-        if kwargs.get("prefill_chunk_size", config.prefill_chunk_size) is not None:
-            raise ValueError(
-                "pt_moe: `prefill_chunk_size` is not supported, as the router has to read all of the input at once. "
-                "Leave it out."
-            )
-        given = [kwargs.get(name) for name in ("inputs_embeds", "input_ids", "inputs")] + [*args[:1]]
-        with generation(next((x.shape[1] for x in given if x is not None), 1)):  # or a single BOS
-            return self.model.generate(*args, **kwargs)
-
-    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
-        self.auxiliary = AuxiliaryLosses(model)
-        self.statistics = self.auxiliary.statistics
+    @property
+    def statistics(self) -> RouterStatistics:
+        return self.auxiliary.statistics
 
     def _prepare_adapter_config(self, peft_config: PTMoeConfig, model_config: dict) -> PTMoeConfig:
         return peft_config
@@ -128,9 +116,9 @@ class PTMoeModel(Tuner):
     ) -> None:
         """Add the adapter to the decoder's layer; the target, the token embeddings, stays as it is."""
         if self._layer is None:
-            self.model.base_model.add_module(
-                _LAYER_NAME, PTMoeLayer(self.model, self.model.base_model, self.auxiliary)
-            )
+            layer = PTMoeLayer(AuxiliaryLosses(self.model))
+            layer.insertion = PromptInsertion(layer, self.model, self.model.base_model)
+            self.model.base_model.add_module(_LAYER_NAME, layer.train(self.model.training))
         layer, weight = self._layer, target.weight
         layer.update_layer(adapter_name, peft_config, self.model.config.get_text_config().hidden_size, weight.device)
         if not layer.ptmoe_experts[adapter_name].is_meta:  # else it is loaded, or materialised from another process
@@ -196,6 +184,6 @@ class PTMoeModel(Tuner):
     def unload(self) -> nn.Module:
         """Return the base model without any adapter or hook of ours."""
         self.auxiliary.detach()
-        self._layer.detach()
+        self._layer.insertion.detach()
         delattr(self.model.base_model, _LAYER_NAME)
         return super().unload()

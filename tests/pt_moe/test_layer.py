@@ -231,15 +231,15 @@ def test_router_input_sequence_reads_the_answer():
 def test_noise_is_for_training_only_and_multiplies_each_logit():
     model = pt_moe(router_noise_std=0.5)
     layer, x = layer_of(model), torch.randn(4000, 32) * 0.02
-    quiet, _ = layer.eval()._route("default", x)
-    assert torch.equal(layer._route("default", x)[0], quiet)
-    noisy, _ = layer.train()._route("default", x)
+    quiet, _ = layer._route("default", x, learns=False)
+    assert torch.equal(layer._route("default", x, learns=False)[0], quiet)
+    noisy, _ = layer._route("default", x, learns=True)
     assert 0.01 < ((noisy > 0) != (quiet > 0)).any(1).float().mean() < 0.9
     with torch.no_grad():
         layer.ptmoe_router_weight["default"].zero_()
         layer.ptmoe_router_bias["default"].copy_(torch.tensor([3.0, 0.0, 0.0]))
     torch.manual_seed(0)
-    weights, _ = layer._route("default", x)
+    weights, _ = layer._route("default", x, learns=True)
     logit = (2 * weights[:, 0] / (1 - weights[:, 0])).log()[weights[:, 0] > 0]  # exp(l) / (exp(l) + 2) = w
     # 3 (1 + 0.5 eps), and zeros stay zeros; the rest are the cases where another expert won
     assert logit.mean().item() == pytest.approx(3, abs=0.1)
@@ -366,7 +366,7 @@ def test_packed_rows_are_as_long_as_they_like():
     [
         ({"attention_mask": torch.ones(1, 1, 5, 5)}, r"attention mask of shape \(1, 1, 5, 5\)"),
         ({"position_ids": torch.arange(5).expand(3, 1, 5)}, r"position_ids of shape \(3, 1, 5\)"),
-        ({"seq_idx": torch.zeros(1, 5)}, "`seq_idx` is not supported"),
+        ({"token_type_ids": torch.zeros(1, 5)}, "`token_type_ids` is not supported"),
     ],
 )
 def test_arguments_without_room_for_the_prompt_are_refused(call, message):
