@@ -7,7 +7,7 @@ plugin, is resolved when it is asked for.
 import sys
 from typing import Any
 
-from .versions import check_versions
+from .versions import SUPPORTED, check_versions, needed
 
 __all__ = [
     "MoePeftPlugin",
@@ -33,11 +33,14 @@ try:
     from .tt_lora_moe import TTLoraMoeConfig, TTLoraMoeModel
 
     register_methods()
-except RuntimeError as _error:
+except (ImportError, RuntimeError) as _error:
     # Axolotl imports this package in every run; the plugin raises in those that use it
     if "axolotl" not in sys.modules:
         raise
     _unusable = str(_error)
+    if isinstance(_error, ImportError):
+        _tested = ", ".join(map(needed, SUPPORTED))
+        _unusable = f"axolotl_moe_peft, tested with {_tested}, cannot be imported here: {_error}."
 
 
 def __getattr__(name: str) -> Any:

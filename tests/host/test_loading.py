@@ -80,6 +80,23 @@ if "{package}" != "axolotl":
     )
 
 
+def test_in_axolotl_a_missing_name_of_the_libraries_fails_the_runs_with_our_adapters_and_no_other() -> None:
+    run_python(
+        AS_AXOLOTL_LOADS_US
+        + """
+import peft.tuners.tuners_utils
+del peft.tuners.tuners_utils.BaseTunerLayer
+run_of_axolotl("lora")
+try:
+    run_of_axolotl("perft")
+except RuntimeError as error:
+    assert "tested with transformers>=" in str(error) and "BaseTunerLayer" in str(error), error
+else:
+    raise AssertionError
+"""
+    )
+
+
 def test_in_axolotl_newer_versions_are_a_warning_in_the_runs_with_our_adapters() -> None:
     run_python(
         PRETEND
