@@ -12,6 +12,7 @@ from peft import PeftConfig
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
 from ..registration import METHODS, config_class
+from ..shared.config import ModulesToSaveConfig
 from ..tt_lora_moe import TTLoraMoeConfig
 from ..tt_lora_moe.experts import could_be_on_the_hub, read_expert
 from .host_keys import BITS_AND_BYTES, check_host_keys
@@ -45,13 +46,13 @@ _COUNTS_ONLY_WITH = {
 
 
 def own_fields(config_cls: type[PeftConfig]) -> dict[str, dataclasses.Field]:
-    """The fields that a method's config adds to PeftConfig's, by name: the keys of its block."""
-    inherited = {f.name for f in dataclasses.fields(PeftConfig)}
+    """The fields that a method's config adds to those that PEFT knows, by name: the keys of its block."""
+    inherited = {f.name for f in dataclasses.fields(ModulesToSaveConfig)}
     return {f.name: f for f in dataclasses.fields(config_cls) if f.name not in inherited}
 
 
 def _block_model(config_cls: type[PeftConfig]) -> type[BaseModel]:
-    """A pydantic model with the fields that the method's PEFT config adds to PeftConfig's."""
+    """A pydantic model with the fields that are the method's own."""
     hints = get_type_hints(config_cls)
     fields = {
         name: (hints[name], Field(description=f.metadata["help"], **_default(f)))

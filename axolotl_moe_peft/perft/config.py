@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from peft import PeftConfig
 from peft.utils import PeftType
 from transformers.activations import ACT2FN
+
+from ..shared.config import ModulesToSaveConfig, check_target_modules
 
 _CHOICES = {
     "variant": ("routed", "embedded", "dense", "single"),
@@ -18,7 +19,7 @@ _CHOICES = {
 
 
 @dataclass
-class PerftConfig(PeftConfig):
+class PerftConfig(ModulesToSaveConfig):
     """Configuration of PERFT (arXiv 2411.08212): adapters in parallel with the experts of an MoE block.
 
     The four variants are the paper's PERFT-R (`routed`), PERFT-E (`embedded`), PERFT-D (`dense`) and PERFT-S
@@ -102,6 +103,7 @@ class PerftConfig(PeftConfig):
                 )
         self._resolve_expert_counts()
         self._check_ranges()
+        check_target_modules("perft.target_modules", self.target_modules)
         for name, neutral in (("norm_topk_prob", None), ("gate_weights", "own")):
             if self.variant != "routed" and getattr(self, name) != neutral:
                 raise ValueError(

@@ -6,12 +6,13 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from peft import PeftConfig
 from peft.utils import PeftType
+
+from ..shared.config import ModulesToSaveConfig
 
 
 @dataclass
-class PTMoeConfig(PeftConfig):
+class PTMoeConfig(ModulesToSaveConfig):
     """Configuration of PT-MoE (arXiv 2505.09519): a soft prompt mixed per sequence from factorised prompt experts.
 
     Every field is a key of the `pt_moe:` block with the same name and default. The paper's ablation are settings of

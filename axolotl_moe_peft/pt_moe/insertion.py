@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import TaskType
 from torch import Tensor, nn
 from transformers import Cache
 
@@ -36,6 +37,7 @@ from .config import PTMoeConfig
 from .layer import PTMoeLayer
 from .layout import Layout, insert_ones
 
+_CLASSIFICATION = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
 _FLASH_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
@@ -176,14 +178,15 @@ class PromptInsertion:
         self, config: PTMoeConfig, call: dict[str, Any], embeds_BSD: Tensor, learns: bool
     ) -> Sequences:
         labels, routed = self._call.labels, config.num_experts > 1
-        if learns and routed and config.router_input == "prompt" and labels is None:
+        classifies = config.task_type in _CLASSIFICATION  # no label is in the input: all of it is prompt
+        if learns and routed and config.router_input == "prompt" and labels is None and not classifies:
             raise ValueError(
                 "pt_moe: a model in training mode was called without labels, which tell prompt from answer "
                 "(`router_input: prompt`). Losses that are computed outside the model (`rl:`, custom ones) are not "
                 "supported; for evaluation call model.eval() first."
             )
-        if labels is not None and labels.shape != embeds_BSD.shape[:2]:
-            labels = None  # a class of the whole row
+        if classifies or (labels is not None and labels.shape != embeds_BSD.shape[:2]):
+            labels = None
         call = {name: value for name, value in call.items() if value is not None}
         call |= {"labels": labels, "position_ids": self._positions(call, embeds_BSD.shape[1])}
         return only_input(find_sequences(call, config.router_input if routed else "sequence"), self._call.stream)

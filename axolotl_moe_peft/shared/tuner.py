@@ -1,28 +1,108 @@
-"""What the tuners of this package share beyond PEFT's BaseTuner: strict loading, and the adapter's dtype."""
+"""What the tuners of this package share beyond PEFT's BaseTuner: all or nothing, and the adapter's dtype."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..versions import warn_of_newer_versions
+from .config import enumerate_names
+from .rollback import unchanged_on_failure, undo_failed_loads
+
+_CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module."  # in modules' names; torch leaves it out of state dicts
 
 
 class Tuner(BaseTuner):
-    """A BaseTuner whose adapters are float32 and load completely or not at all.
+    """A BaseTuner whose adapters are float32, and are attached, saved and loaded completely or not at all.
 
-    Every parameter of an adapter has `prefix` in its name and ends with the adapter's name (parameter dicts).
+    Every parameter of an adapter is called `prefix` and more, and ends with the adapter's name (parameter dicts).
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         warn_of_newer_versions()
-        super().__init__(*args, **kwargs)
+        undo_failed_loads()
+        with unchanged_on_failure(model) as before:
+            super().__init__(model, *args, **kwargs)
+        self._unloaded = {self.active_adapters[0]: (before, self._versions(self.active_adapters[0]))}
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        with unchanged_on_failure(self) as before:
+            self._attach(model, adapter_name, *args, **kwargs)
+            self.peft_config[adapter_name]._tensor_names = frozenset(self._tensor_names(adapter_name))
+        if adapter_name not in self.active_adapters:
+            self._unloaded[adapter_name] = (before, self._versions(adapter_name))
+
+    def _attach(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """What `inject_adapter` does in a BaseTuner; if it fails, the model stays as it was."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def is_unused(self, adapter_name: str) -> bool:
+        """Whether the adapter is not there, or neither loaded nor trained since it was attached."""
+        if adapter_name not in self.peft_config:
+            return True
+        return adapter_name in self._unloaded and self._unloaded[adapter_name][1] == self._versions(adapter_name)
+
+    def undo_attaching(self, adapter_name: str) -> None:
+        """Make the model what it was before this adapter."""
+        if adapter_name in self._unloaded:
+            self._unloaded.pop(adapter_name)[0].restore()
+            self.peft_config.pop(adapter_name, None)
+
+    def _own(self, adapter_name: str) -> dict[str, nn.Parameter]:
+        """The adapter's parameters by name in the state dict."""
+        return {_in_state_dict(name): p for name, p in self.named_parameters() if self._is_own(name, adapter_name)}
+
+    @classmethod
+    def _is_own(cls, name: str, adapter_name: str) -> bool:
+        parameter_name = name.removesuffix(f".{adapter_name}")
+        return parameter_name != name and parameter_name.rpartition(".")[2].startswith(cls.prefix)
+
+    def _versions(self, adapter_name: str) -> list[int]:
+        return [0 if p.is_inference() else p._version for p in self._own(adapter_name).values()]
+
+    def _wrappers(self) -> Iterator[tuple[str, AuxiliaryTrainingWrapper]]:
+        """What PEFT itself trains beside the adapter: heads, embeddings. By name in the state dict."""
+        for name, module in self.named_modules():
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                yield _in_state_dict(name), module
+
+    def _tensor_names(self, adapter_name: str) -> Iterator[str]:
+        """The names that the adapter's tensors have in its file."""
+        for name in self._own(adapter_name):
+            yield f"base_model.{name.removesuffix(f'.{adapter_name}')}"
+        for name, wrapper in self._wrappers():
+            yield from (f"base_model.{name}.{key}" for key in wrapper.adapter_state_dict_load_map(adapter_name))
+
+    # PEFT 0.21 finds an adapter's tensors by the names of its layers, which have a part more than the tensors' where
+    # torch's activation checkpointing wraps a layer around them, and so finds none. 0.20 goes by the tensors' names.
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        return {key: tensor for key, tensor in state_dict.items() if cls._is_own(key, adapter_name)}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        return {
+            f"{key}.{adapter_name}" if key.rpartition(".")[2].startswith(cls.prefix) else key: tensor
+            for key, tensor in state_dict.items()
+        }
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -32,16 +112,33 @@ class Tuner(BaseTuner):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # the layers create float32; PEFT's flag is the way to ask for the base's dtype
-        if autocast_adapter_dtype or self.model.dtype == torch.float32:
+        if autocast_adapter_dtype:
             return
-        warnings.warn(
-            f"autocast_adapter_dtype=False: adapter {adapter_name!r} trains in {self.model.dtype}; at usual learning "
-            "rates most updates of a router then round away, and many of any other parameter.",
-            stacklevel=2,
-        )
-        for name, parameter in self.model.named_parameters():
-            if self.prefix in name and name.endswith(f".{adapter_name}"):
-                parameter.data = parameter.data.to(self.model.dtype)
+        narrow = set()
+        for layer in self.modules():
+            if not isinstance(layer, BaseTunerLayer):
+                continue
+            dtype = _floating_dtype(layer.base_layer if hasattr(layer, "base_layer") else self.model)
+            for name, parameter in layer.named_parameters():
+                if self._is_own(name, adapter_name):
+                    parameter.data = parameter.data.to(dtype)
+                    narrow |= {dtype} if dtype.itemsize < torch.float32.itemsize else set()
+        for dtype in narrow:
+            warnings.warn(
+                f"autocast_adapter_dtype=False: adapter {adapter_name!r} trains in {dtype}; at usual learning rates "
+                "most updates of a router then round away, and many of any other parameter.",
+                stacklevel=2,
+            )
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                f"adapter_names: a batch cannot mix adapters of type {self._peft_type}; PEFT does so for LoRA, and "
+                "here TT_LORA does. Call the model for each adapter's rows after `set_adapter`, and in "
+                "`disable_adapter()` for those of the base."
+            )
+        yield
 
     def _load_from_state_dict(
         self,
@@ -57,17 +154,33 @@ class Tuner(BaseTuner):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        own = set(self.state_dict(prefix=prefix, keep_vars=True))
-        loaded = {key.rpartition(".")[2] for key in state_dict if self.prefix in key}
-        missing = {key for key in own if self.prefix in key and key.rpartition(".")[2] in loaded} - set(state_dict)
-        unexpected = set(state_dict) - own
+        expected = {name: set(self._state_dict_keys(name, prefix)) for name in self.peft_config}
+        loaded = [name for name in expected if any(self._is_own(key, name) for key in state_dict)]
+        missing = {key for name in loaded for key in expected[name]} - set(state_dict)
+        unexpected = set(state_dict) - set(self.state_dict(prefix=prefix, keep_vars=True))
+        # PEFT writes embeddings that were resized a second time, by their names inside a wrapper
+        wrappers = tuple(f"{prefix}{name}." for name, _ in self._wrappers())
+        unexpected = {key for key in unexpected if not key.startswith(wrappers)}
         if not loaded:
-            peft_type = next(iter(self.peft_config.values())).peft_type.value
-            error_msgs.append(f"no tensor of a {peft_type} adapter in it.")
+            error_msgs.append(f"no tensor of a {self._peft_type} adapter in it.")
         if missing:
-            error_msgs.append(f"adapter tensors missing: {_enumerate(missing)}.")
+            error_msgs.append(f"adapter tensors missing: {enumerate_names(missing)}.")
         if unexpected:
-            error_msgs.append(f"tensors that this adapter does not have: {_enumerate(unexpected)}.")
+            error_msgs.append(f"tensors that this adapter does not have: {enumerate_names(unexpected)}.")
+
+    def _state_dict_keys(self, adapter_name: str, prefix: str) -> Iterator[str]:
+        """The names that the adapter's tensors have in the model's state dict."""
+        yield from (f"{prefix}{name}" for name in self._own(adapter_name))
+        for name, wrapper in self._wrappers():
+            keys = wrapper.adapter_state_dict_load_map(adapter_name).values()
+            yield from (f"{prefix}{name}.{key}" for key in keys)
+
+    @property
+    def _peft_type(self) -> str:
+        return next(iter(self.peft_config.values())).peft_type.value
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_unloaded": {}}  # a copy has nothing to undo
 
 
 class TunerLayer(BaseTunerLayer):
@@ -98,5 +211,9 @@ def whole(parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
     return deepspeed.zero.GatheredParameters(parts)
 
 
-def _enumerate(keys: set[str], most: int = 6) -> str:
-    return ", ".join(sorted(keys)[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
+def _in_state_dict(name: str) -> str:
+    return name.replace(_CHECKPOINT_WRAPPER, "")
+
+
+def _floating_dtype(module: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)

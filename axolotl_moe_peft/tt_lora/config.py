@@ -6,12 +6,13 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from peft import PeftConfig
 from peft.utils import PeftType
+
+from ..shared.config import ModulesToSaveConfig, check_target_modules
 
 
 @dataclass
-class TTLoraConfig(PeftConfig):
+class TTLoraConfig(ModulesToSaveConfig):
     """Configuration of TT-LoRA (arXiv 2504.21190, stage 1): a low-rank update whose factors are tensor trains.
 
     Every field is a key of the `tt_lora:` block with the same name and default.
@@ -76,6 +77,7 @@ class TTLoraConfig(PeftConfig):
                 f"tt_lora.target_modules: {self.target_modules!r} is not allowed; it is a list of names, one regular "
                 "expression, or all-linear."
             )
+        check_target_modules("tt_lora.target_modules", self.target_modules)
         if self.factors != "auto":
             self.factors = _checked(self.factors)
 

@@ -31,10 +31,10 @@ class TTLoraModel(Tuner):
     prefix = "ttcore_"
     tuner_layer_cls = TTLoraLinear
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def _attach(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
         given = config.target_modules
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        super()._attach(model, adapter_name, *args, **kwargs)
         config.target_modules = given  # BaseTuner writes in what all-linear means for this model
 
     def _prepare_adapter_config(self, peft_config: TTLoraConfig, model_config: dict) -> TTLoraConfig:

@@ -6,8 +6,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from peft import PeftConfig
 from peft.utils import PeftType
+
+from ..shared.config import AdapterConfig
 
 # What a saved pool knows of an expert beside its name and path: all that the shapes of its cores depend on, and alpha.
 POOLED_FIELDS = ("rank", "alpha", "target_modules", "factors", "num_cores")
@@ -16,7 +17,7 @@ _NAME = r"[\w-]+"
 
 
 @dataclass
-class TTLoraMoeConfig(PeftConfig):
+class TTLoraMoeConfig(AdapterConfig):
     """Configuration of TT-LoRA MoE (arXiv 2504.21190, stage 2): frozen TT-LoRA experts and a router that picks one.
 
     Every field is a key of the `tt_lora_moe:` block with the same name and default.

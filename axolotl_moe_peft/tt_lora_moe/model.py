@@ -90,12 +90,12 @@ class TTLoraMoeModel(Tuner):
             model.register_forward_hook(self._after_forward),
         ]
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def _attach(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
         self._experts = load_experts(config.experts, model)
         config.experts = [expert.entry for expert in self._experts]
         self._not_loaded |= {adapter_name} if any(expert.cores is None for expert in self._experts) else set()
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        super()._attach(model, adapter_name, *args, **kwargs)
         del self._experts
 
     def _prepare_adapter_config(self, peft_config: TTLoraMoeConfig, model_config: dict) -> TTLoraMoeConfig:

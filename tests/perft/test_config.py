@@ -12,6 +12,7 @@ from transformers import AfmoeConfig, AfmoeForCausalLM, LlamaConfig, LlamaForCau
 
 from axolotl_moe_peft import PerftConfig
 from axolotl_moe_peft.perft.selection import select_moe_blocks
+from axolotl_moe_peft.shared.config import ModulesToSaveConfig
 from tests.tiny_models import FAMILIES, VOCAB_SIZE, tiny_model
 
 # The keys of the `perft:` block, which are the config's own fields, with their defaults.
@@ -37,7 +38,7 @@ NOT_ROUTED = ("embedded", "dense", "single")
 
 
 def own_values(config: PerftConfig) -> dict:
-    inherited = {f.name for f in dataclasses.fields(PeftConfig)}
+    inherited = {f.name for f in dataclasses.fields(ModulesToSaveConfig)}
     return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in inherited}
 
 

@@ -10,6 +10,7 @@ from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 from axolotl_moe_peft import PTMoeConfig, PTMoeModel
+from axolotl_moe_peft.shared.config import ModulesToSaveConfig
 
 # The keys of the `pt_moe:` block, which are the config's own fields, with their defaults.
 DEFAULTS = {
@@ -26,7 +27,7 @@ DEFAULTS = {
 
 
 def own_values(config: PTMoeConfig) -> dict:
-    inherited = {f.name for f in dataclasses.fields(PeftConfig)}
+    inherited = {f.name for f in dataclasses.fields(ModulesToSaveConfig)}
     return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in inherited}
 
 

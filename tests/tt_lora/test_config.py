@@ -10,6 +10,7 @@ import pytest
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model
 
 from axolotl_moe_peft import TTLoraConfig
+from axolotl_moe_peft.shared.config import ModulesToSaveConfig
 from axolotl_moe_peft.tt_lora.factors import Factors, auto_factors
 from tests.tiny_models import tiny_model
 
@@ -41,7 +42,7 @@ def targets(model: PeftModel) -> list[str]:
 
 
 def test_defaults_are_the_contracts_and_have_a_help_text():
-    inherited = {f.name for f in dataclasses.fields(PeftConfig)}
+    inherited = {f.name for f in dataclasses.fields(ModulesToSaveConfig)}
     own = [f for f in dataclasses.fields(TTLoraConfig) if f.name not in inherited]
     assert {f.name for f in own} == set(DEFAULTS)
     assert own_values(TTLoraConfig()) == DEFAULTS
