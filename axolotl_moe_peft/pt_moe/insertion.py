@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import TaskType
 from torch import Tensor, nn
 from transformers import Cache
 
-from ..shared.batches import Sequences, find_sequences
+from ..shared.batches import Sequences, find_sequences, predicts_tokens
 from ..shared.generation import (
     CacheNote,
     Generation,
@@ -32,12 +31,12 @@ from ..shared.generation import (
     keep,
     only_input,
 )
+from ..shared.trainer_step import labels_of
 from .calls import check_arguments, check_cache, check_isolation, check_length, check_mask_length
 from .config import PTMoeConfig
 from .layer import PTMoeLayer
 from .layout import Layout, insert_ones
 
-_CLASSIFICATION = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
 _FLASH_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
@@ -73,6 +72,7 @@ class PromptInsertion:
         self.layer, self.decoder = layer, decoder
         self.takes_positions = "position_ids" in arguments_of(type(decoder).forward)
         self.max_positions = getattr(decoder.config.get_text_config(), "max_position_embeddings", None)
+        self._predicts_tokens = predicts_tokens(model)  # else what it reads has no answer in it
         self._thread = PerThread()
         self._generation = Generation(model, "pt_moe", self._is_active)
         self._handles = [
@@ -94,7 +94,7 @@ class PromptInsertion:
     def _begin_call(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         call = bind(model, args, kwargs)
         stream = self._generation.stream(call)
-        self._thread.call = _Call(call.get("labels"), call.get("position_ids"), stream)
+        self._thread.call = _Call(labels_of(call) if self._predicts_tokens else None, call.get("position_ids"), stream)
 
     def _end_call(self, model: nn.Module, args: tuple, output: Any) -> None:
         self._thread.call = _Call()
@@ -178,14 +178,13 @@ class PromptInsertion:
         self, config: PTMoeConfig, call: dict[str, Any], embeds_BSD: Tensor, learns: bool
     ) -> Sequences:
         labels, routed = self._call.labels, config.num_experts > 1
-        classifies = config.task_type in _CLASSIFICATION  # no label is in the input: all of it is prompt
-        if learns and routed and config.router_input == "prompt" and labels is None and not classifies:
+        if learns and routed and config.router_input == "prompt" and labels is None and self._predicts_tokens:
             raise ValueError(
                 "pt_moe: a model in training mode was called without labels, which tell prompt from answer "
                 "(`router_input: prompt`). Losses that are computed outside the model (`rl:`, custom ones) are not "
                 "supported; for evaluation call model.eval() first."
             )
-        if classifies or (labels is not None and labels.shape != embeds_BSD.shape[:2]):
+        if labels is not None and labels.shape != embeds_BSD.shape[:2]:
             labels = None
         call = {name: value for name, value in call.items() if value is not None}
         call |= {"labels": labels, "position_ids": self._positions(call, embeds_BSD.shape[1])}

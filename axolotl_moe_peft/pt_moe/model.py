@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from ..shared.auxiliary import AuxiliaryLosses, RouterStatistics
+from ..shared.auxiliary import AuxiliaryLosses
 from ..shared.generation import arguments_of
+from ..shared.statistics import RouterStatistics
 from ..shared.summary import ParameterRow, parameter_row
 from ..shared.tuner import Tuner, whole
 from .config import PTMoeConfig

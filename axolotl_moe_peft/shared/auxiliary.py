@@ -26,12 +26,11 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-from .batches import IGNORE_INDEX, real_token_mask
+from .batches import IGNORE_INDEX, predicts_tokens, real_token_mask
 from .routing import ROUTER_LOSSES, Routing, acting_losses, expert_counts
 from .statistics import RouterStatistics
-from .trainer_step import TrainerStep, current_step, watch_trainers
+from .trainer_step import TrainerStep, current_step, labels_of, watch_trainers
 
 _UNKNOWN_SCALE = (
     "the router losses of an adapter act, but the loss is computed outside the model and outside a Trainer, where "
@@ -141,6 +140,10 @@ class AuxiliaryLosses:
                 module.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True),
             ]
 
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy of the model begins anew; a pass has graphs and trainers behind it
+        return self.__dict__ | {"current": None, "_unread": WeakSet()}
+
     def detach(self) -> None:
         """Stop following the model."""
         for handle in self._handles:
@@ -216,15 +219,12 @@ class AuxiliaryLosses:
         if module is not self._model and self.current is not None and self.current.running:
             return  # a part of the model, in the model's own call
         batch = dict(zip(inspect.signature(module.forward).parameters, args)) | kwargs
-        step = current_step()
-        if batch.get("labels") is None and step is not None:
-            batch["labels"] = step.labels
         self.current = ForwardPass(
             token_mask=real_token_mask(
-                *(batch.get(k) for k in ("input_ids", "attention_mask", "position_ids", "labels"))
+                *(batch.get(k) for k in ("input_ids", "attention_mask", "position_ids")), labels_of(batch)
             ),
             share=share_of_accumulated_batch(batch, module),
-            step=step,
+            step=current_step(),
             training=module.training,
             module=module,
         )
@@ -256,8 +256,7 @@ def share_of_accumulated_batch(batch: dict[str, Any], model: nn.Module) -> Tenso
     Models for causal language modelling divide by that number; the others of transformers take no notice of it.
     """
     num_items, labels = batch.get("num_items_in_batch"), batch.get("labels")
-    is_causal = LOSS_MAPPING.get(getattr(model, "loss_type", None), ForCausalLMLoss) is ForCausalLMLoss
-    if num_items is None or labels is None or not is_causal:
+    if num_items is None or labels is None or not predicts_tokens(model):
         return 1.0
     labels = batch["shift_labels"] if batch.get("shift_labels") is not None else labels[..., 1:]
     return (labels != IGNORE_INDEX).sum() / num_items

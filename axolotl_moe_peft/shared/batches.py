@@ -7,9 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 IGNORE_INDEX = -100
+
+
+def predicts_tokens(model: nn.Module) -> bool:
+    """Whether a model's labels are the next tokens; else they are classes, of rows or of tokens."""
+    return LOSS_MAPPING.get(getattr(model, "loss_type", None), ForCausalLMLoss) is ForCausalLMLoss
 
 
 def real_token_mask(
@@ -27,19 +33,18 @@ def real_token_mask(
     Args:
         input_ids: (B, S), or None where embeddings are given.
         attention_mask: (B, S), 0 for padding. Other shapes (4-D, block masks) say nothing about padding here.
-        position_ids: (B, S).
-        labels: (B, S), -100 where there is nothing to predict.
+        position_ids: (B, S), or several kinds of positions, (3, B, S) or (4, B, S).
+        labels: (B, S), -100 where there is nothing to predict. Other shapes (a class for each row) say nothing.
 
     Returns:
         bool (B, S), or None if every token is real as far as can be told.
     """
     if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
         return attention_mask > 0
-    if input_ids is None or labels is None or position_ids is None or position_ids.dim() != 2:
+    if input_ids is None or labels is None or position_ids is None or labels.shape != input_ids.shape:
         return None
-    position_ids = position_ids.expand_as(input_ids)
     starts = torch.ones_like(input_ids, dtype=torch.bool)
-    starts[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    starts[:, 1:] = _position_breaks(position_ids).expand_as(starts[:, 1:])
     # a position is filler if its segment has one token id and no label: count the segment's exceptions
     segment = starts.cumsum(dim=1) - 1
     exception = labels != IGNORE_INDEX
@@ -48,6 +53,22 @@ def real_token_mask(
     text = exceptions.gather(1, segment) > 0
     # at an edge, and all in a row there: a collator may give every position of the padding the same number
     return (text.cumsum(dim=1) > 0) & (text.flip(1).cumsum(dim=1).flip(1) > 0)
+
+
+def _position_breaks(position_ids: Tensor) -> Tensor:
+    """Where a token does not go on from the one before: bool (B, S - 1)."""
+    if position_ids.dim() == 3 and len(position_ids) == 4:
+        position_ids = position_ids[0]  # those of the text, before time, height and width
+    if position_ids.dim() == 2:
+        return position_ids[:, 1:] != position_ids[:, :-1] + 1
+    # within an image time stands still, and after it text goes on behind the largest of the three
+    time = position_ids[0]
+    return time[:, 1:] < time[:, :-1]
+
+
+def _at_zero(position_ids: Tensor) -> Tensor:
+    """Where a sequence's first token is, of packed rows: bool (B, S)."""
+    return position_ids == 0 if position_ids.dim() == 2 else (position_ids == 0).all(0)
 
 
 @dataclass(frozen=True)
@@ -92,7 +113,7 @@ def find_sequences(batch: Mapping[str, Any], router_input: str = "prompt") -> Se
 
     Args:
         batch: the arguments of the model's call: input_ids (B, S) or inputs_embeds (B, S, D), and if given
-            attention_mask, position_ids and labels, each (B, S).
+            attention_mask, position_ids and labels, each (B, S); positions of several kinds are (3 or 4, B, S).
         router_input: prompt, or sequence for all real tokens whatever the labels.
 
     Raises:
@@ -105,8 +126,8 @@ def find_sequences(batch: Mapping[str, Any], router_input: str = "prompt") -> Se
     if real_BS is None:
         real_BS = torch.ones_like(tokens_BS, dtype=torch.bool)
     starts_BS = real_BS & (real_BS.cumsum(1) == 1)
-    if position_ids is not None and position_ids.dim() == 2:
-        starts_BS |= real_BS & (position_ids == 0)
+    if position_ids is not None:
+        starts_BS |= real_BS & _at_zero(position_ids)
     if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
         starts_BS[:, 1:] |= real_BS[:, 1:] & real_BS[:, :-1] & (attention_mask[:, 1:] != attention_mask[:, :-1])
     index_BS = (starts_BS.flatten().cumsum(0) - 1).view_as(starts_BS)

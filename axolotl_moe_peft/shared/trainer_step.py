@@ -71,6 +71,12 @@ def current_step() -> TrainerStep | None:
     return _step.get()
 
 
+def labels_of(call: Mapping[str, Any]) -> Tensor | None:
+    """The labels of a model's call: those that it is given, or that the trainer has taken out of its batch."""
+    labels, step = call.get("labels"), current_step()
+    return step.labels if labels is None and step is not None else labels
+
+
 def watch_trainers() -> None:
     """Have `current_step` know the batches of all trainers from now on."""
     from transformers import Trainer  # a second, which only training costs

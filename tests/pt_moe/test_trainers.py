@@ -11,6 +11,7 @@ from peft import PeftModel
 from tokenizers import Tokenizer, models
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, PreTrainedTokenizerFast, Trainer
 from transformers import TrainingArguments as Arguments
+from transformers.data.data_collator import torch_default_data_collator
 from trl import SFTConfig, SFTTrainer
 
 from tests.pt_moe.prompts import config, layer_of, pt_moe
@@ -138,7 +139,8 @@ def test_losses_computed_from_calls_without_labels_are_refused(tmp_path):
         def compute_loss(self, model, inputs, **kwargs):
             return model(input_ids=inputs["input_ids"]).logits.sum()
 
-    arguments = Arguments(output_dir=str(tmp_path), max_steps=1, **COMMON)
-    trainer = Preferences(pt_moe().train(), arguments, train_dataset=rows(8), data_collator=padding_collator())
+    arguments = Arguments(output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=1, **COMMON)
+    pairs = rows(8).rename_column("labels", "chosen_labels")
+    trainer = Preferences(pt_moe().train(), arguments, train_dataset=pairs, data_collator=torch_default_data_collator)
     with pytest.raises(ValueError, match="training mode was called without labels"):
         trainer.train()

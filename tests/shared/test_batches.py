@@ -124,3 +124,35 @@ def test_a_sequence_without_prompt_is_an_error_that_names_the_way_out():
         sequences_of(**row)
     whole = sequences_of("sequence", **row)
     assert whole.last_prompt_token().tolist() == [1, 3]
+
+
+@pytest.mark.parametrize("kinds", [3, 4])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_found_by_positions_of_several_kinds(kinds, side):
+    """As vision-language models have them: time stands still in an image, whose tokens all look the same."""
+    image, text = [7] * 4, [11, 12, 13]
+    ids = torch.tensor([5, *image, *text, *text])
+    labels = torch.tensor([-100] * 5 + text + [-100] + text[1:])
+    time = torch.tensor([0, 1, 1, 1, 1, 3, 4, 5, 0, 1, 2])
+    height = torch.tensor([0, 1, 1, 2, 2, 3, 4, 5, 0, 1, 2])
+    width = torch.tensor([0, 1, 2, 1, 2, 3, 4, 5, 0, 1, 2])
+    plain = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2])
+    positions = torch.stack([plain, time, height, width][-kinds:])
+    filler = {"ids": torch.zeros(3, dtype=ids.dtype), "labels": torch.full((3,), -100)}
+    pad = torch.arange(3).expand(kinds, 3)
+    if side == "left":
+        order = [filler["ids"], ids], [filler["labels"], labels], [pad, positions]
+    else:
+        order = [ids, filler["ids"]], [labels, filler["labels"]], [positions, pad]
+    ids_BS, labels_BS = torch.cat(order[0])[None], torch.cat(order[1])[None]
+    positions = torch.cat(order[2], dim=1)[:, None]
+    mask = real_token_mask(ids_BS, None, positions, labels_BS)
+    real = [False] * 3 + [True] * 11 if side == "left" else [True] * 11 + [False] * 3
+    assert mask[0].tolist() == real
+    found = find_sequences({"input_ids": ids_BS, "position_ids": positions, "labels": labels_BS})
+    assert found.count == 2
+
+
+def test_labels_of_another_shape_say_nothing_of_padding():
+    ids = torch.tensor([[5, 6, 7, 7]])
+    assert real_token_mask(ids, None, torch.tensor([[0, 1, 0, 1]]), torch.tensor([2])) is None
