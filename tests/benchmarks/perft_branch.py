@@ -1,7 +1,9 @@
 """The routed adapters alone, forward and backward: a plain loop over the experts beside this package's products.
 
 Both get the same tokens, routing and adapter weights, and give gradients for the tokens, the adapters and the routing
-weights. Their results are compared before anything is timed.
+weights. Their results are compared before anything is timed. On a GPU the time that the memory needs for what has to
+be read and written at least is put beside ours: forward the tokens and their sum, backward the gradient and the tokens
+again and the tokens' gradient, and three times the adapters; at the speed of a large copy.
 """
 
 from __future__ import annotations
@@ -11,16 +13,17 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from peft import get_peft_model
-from timing import DTYPES, Spread, argument_parser, describe_run, print_table, ratio, time_rounds
 from torch import Tensor, nn
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from axolotl_moe_peft import PerftConfig
 from axolotl_moe_peft.perft.layer import PerftLayer
 from axolotl_moe_peft.shared.routing import top_k_routing
+from tests.benchmarks.timing import DTYPES, Spread, argument_parser, ratio, report, time_rounds
 
-TOKENS, HIDDEN, RANK, ALPHA, TOP_K = 2048, 2048, 16, 32, 2
-NUM_EXPERTS = (4, 8, 16, 64)
+HIDDEN, RANK, ALPHA, TOP_K = 2048, 16, 32, 2
+NUM_EXPERTS = (4, 8, 16, 64, 128)
+COPIED = 2**30  # bytes
 
 
 class LoopedAdapters(nn.Module):
@@ -77,7 +80,9 @@ def perft_layer(num_experts: int, device: str, dtype: torch.dtype) -> PerftLayer
     return layer
 
 
-def build_pair(num_experts: int, device: str, dtype: torch.dtype) -> tuple[Callable[[], list[Tensor]], ...]:
+def build_pair(
+    num_experts: int, tokens: int, device: str, dtype: torch.dtype
+) -> tuple[Callable[[], list[Tensor]], ...]:
     """Forward and backward of the loop and of ours on the same random data.
 
     Returns:
@@ -88,8 +93,8 @@ def build_pair(num_experts: int, device: str, dtype: torch.dtype) -> tuple[Calla
     down, up = layer.perft_down["default"], layer.perft_up["default"]
     loop = LoopedAdapters(down, up)
     loop_down, loop_up = ([m.weight for m in modules] for modules in (loop.down, loop.up))
-    x_TD, grad_TD = (torch.randn(TOKENS, HIDDEN).to(device, dtype) for _ in range(2))
-    weights_TK, indices_TK = top_k_routing(torch.randn(TOKENS, num_experts).to(device), TOP_K, norm_topk_prob=False)
+    x_TD, grad_TD = (torch.randn(tokens, HIDDEN).to(device, dtype) for _ in range(2))
+    weights_TK, indices_TK = top_k_routing(torch.randn(tokens, num_experts).to(device), TOP_K, norm_topk_prob=False)
     x_TD.requires_grad_()
     weights_TK = weights_TK.to(dtype).requires_grad_()
 
@@ -115,14 +120,30 @@ def check_agreement(run_loop: Callable[[], list[Tensor]], run_ours: Callable[[],
         torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance * theirs.abs().max().item())
 
 
+def least_bytes(num_experts: int, tokens: int, dtype: torch.dtype) -> int:
+    """What forward and backward have to read and write at least."""
+    entries = 5 * tokens * HIDDEN + 3 * 2 * num_experts * RANK * HIDDEN
+    return entries * dtype.itemsize
+
+
+def copy_speed(device: str) -> float:
+    """Bytes read and written per millisecond by a large copy."""
+    source = torch.randint(256, (COPIED,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    times = time_rounds({"copy": lambda: target.copy_(source)}, device, repeats=10, warmup=3)
+    return 2 * COPIED / Spread.of(times["copy"]).median
+
+
 def main() -> None:
     parser = argument_parser(__doc__, repeats=30)
     parser.add_argument("--warmup", type=int, default=5, help="rounds before the measured ones")
+    parser.add_argument("--tokens", type=int, default=2048)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    dtype = DTYPES[args.dtype]
     candidates = {}
     for num in NUM_EXPERTS:
-        run_loop, run_ours = build_pair(num, args.device, DTYPES[args.dtype])
+        run_loop, run_ours = build_pair(num, args.tokens, args.device, dtype)
         check_agreement(run_loop, run_ours, num)
         candidates |= {f"loop, N={num}": run_loop, f"ours, N={num}": run_ours}
     times = time_rounds(candidates, args.device, args.repeats, args.warmup)
@@ -132,8 +153,14 @@ def main() -> None:
     first, last = NUM_EXPERTS[0], NUM_EXPERTS[-1]
     label = f"ours, N={last} / ours, N={first}"
     rows.append([label, *ratio(times, f"ours, N={last}", f"ours, N={first}").cells()])
-    print(describe_run(args))
-    print_table(("measured", "median", "min", "max"), rows)
+    if args.device == "cuda":
+        speed = copy_speed(args.device)
+        rows.append(["copy, GB/s read and written", f"{speed / 1e6:.0f}", "", ""])
+        for n in NUM_EXPERTS:
+            floor = least_bytes(n, args.tokens, dtype) / speed
+            shares = [floor / elapsed for elapsed in times[f"ours, N={n}"]]
+            rows.append([f"memory's least time / ours, N={n}", *Spread.of(shares).cells()])
+    report(args, rows)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""PT-MoE on a Llama of SmolLM2's width: training steps beside PEFT's prompt tuning, packing, and decoding.
+"""PT-MoE on a Llama of SmolLM2's width or Llama-3.2-1B's: steps beside PEFT's prompt tuning, packing, and decoding.
 
 - step: forward, loss, backward and AdamW on one padded batch, with the same number of virtual tokens.
 - packing: one pass over rows of GSM8K's lengths, padded to the longest of each batch or packed, a prompt each; real
-  tokens per second. The time is that of forward and backward.
+  tokens per second. The time is that of forward and backward. The loss and the gradients of each way of attention are
+  compared with those of the rows one by one. A way that this machine cannot run is a row that says why.
 - decoding: a token with everything before it in the cache, beside the bare base.
 
 The candidates share the base's parameters. No tokenizer is needed: words, digits and punctuation marks are counted,
@@ -20,37 +21,52 @@ from pathlib import Path
 
 import torch
 from peft import PromptTuningConfig, get_peft_model
-from timing import DTYPES, Spread, argument_parser, describe_run, print_table, ratio, time_rounds
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from axolotl_moe_peft import PTMoeConfig
+from tests.benchmarks.timing import DTYPES, Spread, argument_parser, ratio, report, time_rounds
 
 DATA = Path(__file__).parents[2] / "example_yamls/quickstart/gsm8k_train.jsonl"
 VIRTUAL_TOKENS = 40
 INPUT, DECODED = 160, 16
 MICRO_BATCH_SIZES = (4, 8)
-# The vocabulary is small so that with fewer layers the head does not outweigh the rest.
-BASE = LlamaConfig(
-    vocab_size=8192,
-    hidden_size=576,
-    intermediate_size=1536,
-    num_hidden_layers=4,
-    num_attention_heads=9,
-    num_key_value_heads=3,
-    max_position_embeddings=8192,
-    pad_token_id=0,
-    eos_token_id=None,
-    use_cache=False,
-)
+
+
+def base_config(
+    vocab_size: int, hidden_size: int, intermediate_size: int, num_layers: int, num_heads: int, num_kv_heads: int
+) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_kv_heads,
+        max_position_embeddings=8192,
+        pad_token_id=0,
+        eos_token_id=None,
+        use_cache=False,
+    )
+
+
+SIZES = {
+    # The vocabulary is small so that with fewer layers the head does not outweigh the rest.
+    "four-layers": base_config(8192, 576, 1536, 4, 9, 3),
+    "llama-3.2-1b": base_config(128256, 2048, 8192, 16, 32, 8),
+    "tiny": base_config(128, 64, 128, 2, 4, 2),
+}
 PT_MOE = PTMoeConfig(num_virtual_tokens=VIRTUAL_TOKENS, init_text=None, task_type="CAUSAL_LM")
+PT_MOE_WITHOUT_NOISE = PTMoeConfig(num_virtual_tokens=VIRTUAL_TOKENS, router_noise_std=0.0, task_type="CAUSAL_LM")
 PROMPT_TUNING = PromptTuningConfig(num_virtual_tokens=VIRTUAL_TOKENS, task_type="CAUSAL_LM")
 
 
-def build_base(device: str, dtype: torch.dtype) -> nn.Module:
+def build_base(config: LlamaConfig, device: str, dtype: torch.dtype) -> nn.Module:
     torch.manual_seed(0)
-    return LlamaForCausalLM._from_config(BASE, dtype=dtype).requires_grad_(False).to(device).eval()
+    with torch.device(device):
+        model = LlamaForCausalLM._from_config(config, dtype=dtype)
+    return model.requires_grad_(False).eval()
 
 
 def attach(config: PTMoeConfig | PromptTuningConfig | None, base: nn.Module) -> nn.Module:
@@ -68,12 +84,12 @@ def gsm8k_lengths(count: int) -> list[tuple[int, int]]:
     return lengths
 
 
-def random_rows(lengths: list[tuple[int, int]], device: str) -> list[tuple[Tensor, Tensor]]:
+def random_rows(lengths: list[tuple[int, int]], vocab_size: int, device: str) -> list[tuple[Tensor, Tensor]]:
     """(ids, labels) of rows of these lengths."""
     generator = torch.Generator().manual_seed(1)
     rows = []
     for prompt, answer in lengths:
-        ids = torch.randint(1, BASE.vocab_size, (prompt + answer,), generator=generator).to(device)
+        ids = torch.randint(1, vocab_size, (prompt + answer,), generator=generator).to(device)
         rows.append((ids, torch.cat([torch.full_like(ids[:prompt], -100), ids[prompt:]])))
     return rows
 
@@ -118,9 +134,10 @@ def build_step(config: PTMoeConfig | PromptTuningConfig, base: nn.Module, batch:
     return step
 
 
-def build_pass(base: nn.Module, batches: list[dict[str, Tensor]]) -> Callable:
+def build_pass(base: nn.Module, batches: list[dict[str, Tensor]], attention: str = "sdpa") -> Callable:
     """Forward and backward of all batches."""
     model = attach(PT_MOE, base).train()
+    model.set_attn_implementation(attention)
 
     def run() -> None:
         for batch in batches:
@@ -129,12 +146,41 @@ def build_pass(base: nn.Module, batches: list[dict[str, Tensor]]) -> Callable:
     return run
 
 
+def loss_and_gradients(
+    base: nn.Module, batches: list[dict[str, Tensor]], attention: str
+) -> tuple[float, list[Tensor]]:
+    """Of all labels' summed cross entropy."""
+    model = attach(PT_MOE_WITHOUT_NOISE, base).train()
+    model.set_attn_implementation(attention)
+    total = 0.0
+    for batch in batches:
+        loss = model(**batch).loss * (batch["labels"][:, 1:] != -100).sum()
+        loss.backward()
+        total += loss.item()
+    return total, [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+
+
+def compare_packed(
+    base: nn.Module, rows: list[tuple[Tensor, Tensor]], sequence_len: int, attention: str
+) -> list[list[str]]:
+    """How far packed rows are from the rows one by one: relative differences."""
+    loss, gradients = loss_and_gradients(base, padded_batches(rows, 1), "sdpa")
+    packed_loss, packed_gradients = loss_and_gradients(base, packed_batches(rows, sequence_len), attention)
+    worst = max(
+        ((ours - theirs).norm() / theirs.norm()).item()
+        for ours, theirs in zip(packed_gradients, gradients, strict=True)
+        if theirs.any()
+    )
+    figures = {"loss, packed / one by one - 1": packed_loss / loss - 1, "gradients, packed, worst difference": worst}
+    return [[f"{name}, {attention}", f"{figure:.1e}", "", ""] for name, figure in figures.items()]
+
+
 def build_decoding(config: PTMoeConfig | None, base: nn.Module) -> Callable:
     """DECODED tokens after an input of INPUT, a call each, as generate makes them."""
     model = attach(config, base).eval()
     model = model if config is None else model.get_base_model()  # as generate calls it
-    ids = torch.randint(1, BASE.vocab_size, (1, INPUT + DECODED)).to(base.device)
-    mask, cache = torch.ones_like(ids), DynamicCache(config=BASE)
+    ids = torch.randint(1, base.config.vocab_size, (1, INPUT + DECODED)).to(base.device)
+    mask, cache = torch.ones_like(ids), DynamicCache(config=base.config)
 
     @torch.no_grad()
     def decode() -> None:
@@ -155,11 +201,11 @@ def build_decoding(config: PTMoeConfig | None, base: nn.Module) -> Callable:
 
 
 def measure(args: argparse.Namespace) -> list[list[str]]:
-    base = build_base(args.device, DTYPES[args.dtype])
+    base = build_base(SIZES[args.size], args.device, DTYPES[args.dtype])
     lengths = gsm8k_lengths(args.rows)
-    rows = random_rows(lengths, args.device)
+    rows = random_rows(lengths, base.config.vocab_size, args.device)
+    packed = packed_batches(rows, args.sequence_len)
     passes = {f"padded, {size} a batch": padded_batches(rows, size) for size in MICRO_BATCH_SIZES}
-    passes["packed"] = packed_batches(rows, args.sequence_len)
     candidates = {
         "step, pt_moe": build_step(PT_MOE, base, padded_batches(rows, 8)[0]),
         "step, prompt tuning": build_step(PROMPT_TUNING, base, padded_batches(rows, 8)[0]),
@@ -167,9 +213,19 @@ def measure(args: argparse.Namespace) -> list[list[str]]:
         "decoding, base": build_decoding(None, base),
         **{name: build_pass(base, batches) for name, batches in passes.items()},
     }
+    table = []
+    for attention in args.attention:
+        try:
+            table += compare_packed(base, rows, args.sequence_len, attention)
+        except Exception as error:  # kernels fail in many ways, and each says something about this machine
+            reason = str(error).strip().splitlines()[0][:90]
+            table.append([f"packed, {attention}: {type(error).__name__}: {reason}", "", "", ""])
+        else:
+            name = f"packed, {attention}"
+            passes[name], candidates[name] = packed, build_pass(base, packed, attention)
     times = time_rounds(candidates, args.device, args.repeats, args.warmup)
     real = sum(map(sum, lengths))
-    table = [[f"{name}, ms", *Spread.of(figures).cells()] for name, figures in times.items()]
+    table += [[f"{name}, ms", *Spread.of(figures).cells()] for name, figures in times.items()]
     for name, batches in passes.items():
         positions = sum(batch["input_ids"].numel() for batch in batches)
         table.append([f"real tokens / s, {name}", *Spread.of([real / ms * 1e3 for ms in times[name]]).cells()])
@@ -178,22 +234,22 @@ def measure(args: argparse.Namespace) -> list[list[str]]:
         "step, pt_moe / prompt tuning": ratio(times, "step, pt_moe", "step, prompt tuning"),
         "decoding, pt_moe / base": ratio(times, "decoding, pt_moe", "decoding, base"),
     }
-    for name in passes:
-        if name != "packed":
-            ratios[f"real tokens / s, packed / {name}"] = ratio(times, name, "packed")
+    for fast in passes:
+        for slow in passes:
+            if fast.startswith("packed") and slow.startswith("padded"):
+                ratios[f"real tokens / s, {fast} / {slow}"] = ratio(times, slow, fast)
     return table + [[name, *spread.cells()] for name, spread in ratios.items()]
 
 
 def main() -> None:
-    parser = argument_parser(__doc__, repeats=10)
+    parser = argument_parser(__doc__, repeats=10, sizes=list(SIZES))
     parser.add_argument("--warmup", type=int, default=2, help="rounds before the measured ones")
     parser.add_argument("--rows", type=int, default=32, help="of GSM8K")
     parser.add_argument("--sequence-len", type=int, default=512, help="of the packed rows")
+    parser.add_argument("--attention", nargs="+", default=["sdpa"], help="of the packed rows: names of transformers'")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    table = measure(args)
-    print(describe_run(args))
-    print_table(("measured", "median", "min", "max"), table)
+    report(args, measure(args))
 
 
 if __name__ == "__main__":

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from timing import DTYPES, Spread, argument_parser, describe_run, print_table, ratio, time_rounds
 from torch import Tensor, nn
 
 from axolotl_moe_peft import TTLoraConfig
 from axolotl_moe_peft.tt_lora import TTLoraLinear
 from axolotl_moe_peft.tt_lora.factors import Factors
+from tests.benchmarks.timing import DTYPES, Spread, argument_parser, ratio, report, time_rounds
 
-BATCH, SEQUENCE, WIDTH = 8, 256, 2048
+WIDTH = 2048
 RANK, ALPHA, LORA_RANK = 5, 16, 16
 FACTORS = {
     "the authors' 16,8,4,4": Factors((16, 8, 4, 4), (16, 8, 4, 4)),
@@ -36,7 +36,9 @@ def chain(x: Tensor, cores_in: list[Tensor], cores_out: list[Tensor]) -> Tensor:
     return ALPHA * state.reshape(*x.shape[:-1], -1)
 
 
-def build_pair(factors: Factors, device: str, dtype: torch.dtype) -> tuple[Callable[[], list[Tensor]], ...]:
+def build_pair(
+    factors: Factors, tokens: tuple[int, int], device: str, dtype: torch.dtype
+) -> tuple[Callable[[], list[Tensor]], ...]:
     """Forward and backward of the chain and of ours on the same random data.
 
     Returns:
@@ -46,7 +48,7 @@ def build_pair(factors: Factors, device: str, dtype: torch.dtype) -> tuple[Calla
     layer = TTLoraLinear(nn.Linear(WIDTH, WIDTH, bias=False, device=device)).train()
     layer.update_layer("default", TTLoraConfig(rank=RANK, alpha=ALPHA), factors)
     cores_in, cores_out = layer.cores("default")
-    x, grad = (torch.randn(BATCH, SEQUENCE, WIDTH).to(device, dtype) for _ in range(2))
+    x, grad = (torch.randn(*tokens, WIDTH).to(device, dtype) for _ in range(2))
     x.requires_grad_()
     leaves = [x, *cores_in, *cores_out]
 
@@ -61,9 +63,9 @@ def build_pair(factors: Factors, device: str, dtype: torch.dtype) -> tuple[Calla
     return run_chain, run_ours
 
 
-def build_lora(device: str, dtype: torch.dtype) -> Callable[[], list[Tensor]]:
+def build_lora(tokens: tuple[int, int], device: str, dtype: torch.dtype) -> Callable[[], list[Tensor]]:
     """Forward and backward of the two products of a LoRA."""
-    x, grad = (torch.randn(BATCH, SEQUENCE, WIDTH).to(device, dtype) for _ in range(2))
+    x, grad = (torch.randn(*tokens, WIDTH).to(device, dtype) for _ in range(2))
     down, up = (torch.randn(shape).to(device, dtype) for shape in ((LORA_RANK, WIDTH), (WIDTH, LORA_RANK)))
     leaves = [tensor.requires_grad_() for tensor in (x, down, up)]
 
@@ -74,34 +76,37 @@ def build_lora(device: str, dtype: torch.dtype) -> Callable[[], list[Tensor]]:
     return run
 
 
-def check_agreement(run_chain: Callable[[], list[Tensor]], run_ours: Callable[[], list[Tensor]]) -> None:
+def check_agreement(
+    run_chain: Callable[[], list[Tensor]], run_ours: Callable[[], list[Tensor]], dtype: torch.dtype
+) -> None:
     """Raise unless both compute the same."""
     for ours, theirs in zip(run_ours(), run_chain(), strict=True):
         # sums in another order, and eight or ten roundings of the chain: relative to the largest entry
-        tolerance = 1e-4 if ours.dtype == theirs.dtype == torch.float32 else 3e-2
+        tolerance = 1e-4 if dtype == torch.float32 else 3e-2
         torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance * theirs.abs().max().item())
 
 
 def main() -> None:
     parser = argument_parser(__doc__, repeats=30)
     parser.add_argument("--warmup", type=int, default=5, help="rounds before the measured ones")
+    parser.add_argument("--batch", type=int, default=8, help="sequences")
+    parser.add_argument("--sequence", type=int, default=256, help="tokens of each")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    dtype = DTYPES[args.dtype]
+    dtype, tokens = DTYPES[args.dtype], (args.batch, args.sequence)
     lora = f"LoRA, rank {LORA_RANK}"
     candidates = {}
     for name, factors in FACTORS.items():
-        run_chain, run_ours = build_pair(factors, args.device, dtype)
-        check_agreement(run_chain, run_ours)
+        run_chain, run_ours = build_pair(factors, tokens, args.device, dtype)
+        check_agreement(run_chain, run_ours, dtype)
         candidates |= {f"chain, {name}": run_chain, f"ours, {name}": run_ours}
-    candidates[lora] = build_lora(args.device, dtype)
+    candidates[lora] = build_lora(tokens, args.device, dtype)
     times = time_rounds(candidates, args.device, args.repeats, args.warmup)
 
     rows = [[f"{name}, ms", *Spread.of(times[name]).cells()] for name in candidates]
     rows += [[f"chain / ours, {name}", *ratio(times, f"chain, {name}", f"ours, {name}").cells()] for name in FACTORS]
     rows += [[f"ours, {name} / {lora}", *ratio(times, f"ours, {name}", lora).cells()] for name in FACTORS]
-    print(describe_run(args))
-    print_table(("measured", "median", "min", "max"), rows)
+    report(args, rows)
 
 
 if __name__ == "__main__":
