@@ -66,10 +66,14 @@ def _benchmark(name: str, module: str, options: str, small: str, seconds: int) -
     )
 
 
-METHODS_TESTS = ("tests/perft", "tests/tt_lora", "tests/tt_lora_moe", "tests/pt_moe", "tests/shared")
 CHECKS = [
     Check(
-        "tests marked gpu", "methods", PYTEST[0], (*PYTEST[1:], *METHODS_TESTS), (*PYTEST[1:], METHODS_TESTS[0]), 120
+        "tests marked gpu",
+        "methods",
+        PYTEST[0],
+        (*PYTEST[1:], "tests", "--ignore=tests/cli"),
+        (*PYTEST[1:], "tests/perft"),
+        120,
     ),
     _benchmark(
         "PERFT: whole steps",
@@ -115,6 +119,22 @@ CHECKS = [
         ("--size", "small"),
         ("--size", "tiny", "--threads", "1"),
         60,
+    ),
+    Check(
+        "axolotl train",
+        "axolotl",
+        "tests.benchmarks.axolotl_recipes",
+        (),
+        ("--recipes", "perft", "--steps", "2", "--bits", "0", "--threads", "1"),
+        200,
+    ),
+    Check(
+        "command line's tests marked gpu",
+        "axolotl",
+        PYTEST[0],
+        (*PYTEST[1:], "tests/cli"),
+        (*PYTEST[1:], "tests/cli/test_cli_kernels.py"),
+        240,
     ),
 ]
 

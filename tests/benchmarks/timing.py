@@ -102,7 +102,7 @@ def ratio(times: dict[str, list[float]], numerator: str, denominator: str) -> Sp
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print rows with the first column left-aligned and the others right-aligned; a row without figures is a remark."""
+    """Print rows, the first column left-aligned, the others right-aligned; a row without figures is a remark."""
     lines = [list(header), *(list(row) for row in rows)]
     widths = [max(len(line[i]) for line in lines if any(line[1:])) for i in range(len(header))]
     for line in lines:

@@ -1,7 +1,7 @@
 """TT-LoRA MoE beside its base model: router steps, forward passes through the experts, and decoding.
 
-The base has the sizes of SmolLM2-135M or Llama-3.2-1B (random weights); the experts are TT-LoRA of rank 5 on q_proj and v_proj.
-Decoding is one sequence with a cache; its other side is the base with one expert merged.
+The base has the sizes of SmolLM2-135M or Llama-3.2-1B (random weights); the experts are TT-LoRA of rank 5 on q_proj
+and v_proj. Decoding is one sequence with a cache; its other side is the base with one expert merged.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Whole training steps of a Llama: TT-LoRA of rank 5 beside PEFT's LoRA of rank 16 on q_proj and v_proj, and the base.
 
-The layers are Llama-3.2-1B's, two of them or all sixteen, and the tensor trains have the authors' shapes for it. Each candidate runs
-forward, loss, backward and, but for the frozen base, AdamW. Inputs require gradients in all of them, as in Axolotl's
-adapter runs, so that every backward goes the full depth. The candidates share the base's parameters.
+The layers are Llama-3.2-1B's, two of them or all sixteen, and the tensor trains have the authors' shapes for it. Each
+candidate runs forward, loss, backward and, but for the frozen base, AdamW. Inputs require gradients in all of them, as
+in Axolotl's adapter runs, so that every backward goes the full depth. The candidates share the base's parameters.
 """
 
 from __future__ import annotations
