@@ -1,0 +1,61 @@
+"""What the methods' READMEs say: their scripts run, and their tables have the keys and defaults of the code."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from peft import PeftConfig
+
+from axolotl_moe_peft import PerftConfig, PTMoeConfig, TTLoraConfig, TTLoraMoeConfig
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = {"perft": PerftConfig, "tt_lora": TTLoraConfig, "tt_lora_moe": TTLoraMoeConfig, "pt_moe": PTMoeConfig}
+every_method = pytest.mark.parametrize("method", CONFIGS)
+
+
+def readme(method: str) -> str:
+    return (ROOT / "axolotl_moe_peft" / method / "README.md").read_text(encoding="utf-8")
+
+
+def rows(method: str) -> list[str]:
+    """The rows of the table of keys."""
+    return (
+        readme(method).partition("| key | default | meaning |\n|---|---|---|\n")[2].partition("\n\n")[0].splitlines()
+    )
+
+
+@every_method
+def test_the_script_runs(method: str, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(re.search(r"```python\n(.+?)```", readme(method), flags=re.DOTALL)[1])
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, script.name], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@every_method
+def test_the_table_has_every_key_and_no_other(method: str) -> None:
+    named = {key for row in rows(method) for key in re.findall(r"`(\w+)`", row.split("|")[1])}
+    peft_own = {field.name for field in dataclasses.fields(PeftConfig)}
+    assert named == {field.name for field in dataclasses.fields(CONFIGS[method])} - peft_own
+
+
+@every_method
+def test_the_defaults_are_those_of_the_code(method: str) -> None:
+    experts = {"experts": [{"name": "a", "path": "b"}]} if method == "tt_lora_moe" else {}
+    config = CONFIGS[method](**experts)
+    for row in rows(method):
+        keys = re.findall(r"`(\w+)`", row.split("|")[1])
+        defaults = yaml.safe_load(f"[{row.split('|')[2].replace('`', '')}]")
+        defaults = defaults * len(keys) if len(defaults) == 1 else defaults
+        stated = dict(zip(keys, defaults, strict=True))
+        assert stated in ({key: getattr(config, key) for key in keys}, {"experts": "required"})
