@@ -13,13 +13,12 @@ from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.tiny_adapters import BLOCKS, config_of, families, randomised, trained
+from tests.tiny_adapters import BLOCKS, METHODS, config_of, families, randomised, trained
 from tests.tiny_models import PAD, random_ids, tiny_model
 from tests.tt_lora_moe.pools import save_experts
 
 KINDS = tuple(BLOCKS)
 PAIRS = [(kind, family) for kind in KINDS for family in families(kind)]
-METHODS = tuple(dict.fromkeys(method for method, _ in BLOCKS.values()))
 # the same products in matrices of other shapes
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 IDS = random_ids(4, 9)
@@ -151,6 +150,34 @@ def test_a_truncated_file_raises(kind, adapted, tmp_path):
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(Exception, match="(?i)incomplete|deserializing|header"):
         PeftModel.from_pretrained(base_of(kind), tmp_path)
+
+
+@pytest.mark.parametrize("when", ["first", "in the middle", "last"])
+@every_kind
+def test_attaching_that_fails_leaves_the_base_as_it_was(kind, when, adapted, experts_of, monkeypatch):
+    """Whatever raises: here there is no memory for a parameter, one of the first, of the last or between them."""
+    setitem, made, fails_at = torch.nn.ParameterDict.__setitem__, [], None
+
+    def counted(parameters: torch.nn.ParameterDict, name: str, value: Any) -> None:
+        made.append(name)
+        if len(made) == fails_at:
+            raise MemoryError("no memory for a parameter")
+        setitem(parameters, name, value)
+
+    monkeypatch.setattr(torch.nn.ParameterDict, "__setitem__", counted)
+    config = config_of(kind, experts_of(families(kind)[0]))
+    get_peft_model(base_of(kind), copy.deepcopy(config))
+    total = len(made)
+    fails_at = {"first": 1, "in the middle": total // 2 + 1, "last": total}[when]
+    base = base_of(kind)
+    before, expected = state(base), logits(base)
+    made.clear()
+    with pytest.raises(MemoryError):
+        get_peft_model(base, copy.deepcopy(config))
+    assert state(base) == before
+    assert torch.equal(logits(base), expected)
+    monkeypatch.undo()
+    assert torch.equal(logits(trained(kind, base, experts_of(families(kind)[0]))), logits(adapted(kind)))
 
 
 # ------------------------------------------------------------------------------------ several adapters, switching off

@@ -49,6 +49,7 @@ BLOCKS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "pt_moe one prompt": ("pt_moe", {"num_virtual_tokens": 4, "num_experts": 1, "rank": 3}),
 }
+METHODS = tuple(dict.fromkeys(method for method, _ in BLOCKS.values()))
 _FAMILIES = {
     "perft": ("mixtral", "olmoe", "qwen3_moe"),
     "pt_moe": ("llama", "mixtral", "gpt2"),
@@ -63,16 +64,17 @@ def families(kind: str) -> tuple[str, ...]:
     return _FAMILIES.get(kind) or _FAMILIES.get(BLOCKS[kind][0], ("llama", "mixtral"))
 
 
-def config_of(kind: str, experts: list[dict[str, str]]) -> PeftConfig:
+def config_of(kind: str, experts: list[dict[str, str]], **changes: Any) -> PeftConfig:
     """The config of a row of BLOCKS.
 
     Args:
         experts: the entries of a pool, of which other methods have none.
+        changes: fields of the config instead of, or beside, those of the row.
     """
     method, block = BLOCKS[kind]
     if method == "tt_lora_moe":
         block = block | {"experts": experts}
-    return PEFT_TYPE_TO_CONFIG_MAPPING[method.upper()](task_type="CAUSAL_LM", **block)
+    return PEFT_TYPE_TO_CONFIG_MAPPING[method.upper()](**{"task_type": "CAUSAL_LM", **block, **changes})
 
 
 def trained(kind: str, base: PreTrainedModel, experts: list[dict[str, str]], seed: int = 1) -> PeftModel:

@@ -1,23 +1,21 @@
 """One small configuration of each method, for what is the same with all of them."""
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import Any
 
 from peft import PeftConfig
 
-from axolotl_moe_peft import PerftConfig, PTMoeConfig, TTLoraConfig, TTLoraMoeConfig
+from tests import tiny_adapters
+from tests.tiny_adapters import METHODS as METHODS
 from tests.tt_lora_moe.pools import save_experts
 
-METHODS = ("perft", "tt_lora", "tt_lora_moe", "pt_moe")
+# what lets the adapter act from the first step on
+_ACTING = {"perft": {"init": "paper"}, "tt_lora": {"alpha": 500}}
 
 
-def config_of(method: str, folder: Path, **kwargs) -> PeftConfig:
+def config_of(method: str, folder: Path, **kwargs: Any) -> PeftConfig:
     """A configuration for the tiny Mixtral; a pool's experts are saved under `folder`."""
-    kwargs = {"task_type": "CAUSAL_LM", **kwargs}
-    if method == "tt_lora_moe":
-        return TTLoraMoeConfig(experts=save_experts(folder, "mixtral"), **kwargs)
-    configs = {
-        "perft": lambda: PerftConfig(rank=4, init="paper", **kwargs),
-        "tt_lora": lambda: TTLoraConfig(alpha=500, **kwargs),
-        "pt_moe": lambda: PTMoeConfig(num_virtual_tokens=6, rank=4, **kwargs),
-    }
-    return configs[method]()
+    experts = save_experts(folder, "mixtral") if method == "tt_lora_moe" else []
+    return tiny_adapters.config_of(method, experts, **_ACTING.get(method, {}), **kwargs)
