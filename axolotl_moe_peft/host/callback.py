@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
-from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
-from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
+from transformers.trainer_utils import has_length
 
 LOG = get_logger(__name__)
 
 
 class AdapterCallback(TrainerCallback):
-    """Checks the optimiser's parameters once, puts the routers' figures on the host's log line, and saves the whole
-    adapter in checkpoints of FSDP2."""
+    """Checks the optimiser's parameters once, and puts the routers' figures on the host's log line."""
 
     def __init__(self, cfg: DictDefault, trainer: Trainer) -> None:
         self.cfg = cfg
         self.trainer = trainer
         self.fresh = not cfg.lora_model_dir
         self.prediction_steps = 0
-        if trainer.accelerator.is_fsdp2:
-            _shard_checkpoints(cfg, trainer)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -42,14 +35,6 @@ class AdapterCallback(TrainerCallback):
     ) -> None:
         if control.should_log:
             self._store(self._tuner(kwargs["model"]), "train")
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        accelerator = self.trainer.accelerator
-        if accelerator.is_fsdp2:  # else the host has saved it
-            tensors = _whole_adapter(kwargs["model"], accelerator.device)
-            if accelerator.is_main_process:
-                folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-                kwargs["model"].save_pretrained(folder, state_dict=tensors)
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -83,28 +68,6 @@ class AdapterCallback(TrainerCallback):
         else:  # TRL's: lists, averaged for the log line
             for name, value in figures.items():
                 self.trainer._metrics[mode][name].append(value)
-
-
-def _shard_checkpoints(cfg: DictDefault, trainer: Trainer) -> None:
-    """Save what every process holds: at the end the whole adapter, in checkpoints each process's part.
-
-    Of an adapter a checkpoint with a FULL_STATE_DICT has the first process's part alone (accelerate#4206), and from
-    checkpoints with a SHARDED_STATE_DICT the host would make the final adapter, rounded to bf16.
-    """
-    fsdp = trainer.accelerator.state.fsdp_plugin
-    fsdp.state_dict_config = fsdp.optim_state_dict_config = None  # those of the other type
-    fsdp.set_state_dict_type("SHARDED_STATE_DICT")
-    cfg.fsdp_config.final_state_dict_type = "FULL_STATE_DICT"
-    LOG.info("checkpoints have the adapter twice: whole, and for resuming as a SHARDED_STATE_DICT")
-
-
-def _whole_adapter(model: PeftModel, device: torch.device) -> dict[str, Tensor]:
-    """The adapter's tensors by their names in the model, gathered from the processes of FSDP2; each must call."""
-    return {
-        name: (tensor.to(device).full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
-        for name, tensor in model.state_dict().items()
-        if model.base_model.prefix in name
-    }
 
 
 def _check_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -39,6 +39,7 @@ from .args import (
 )
 from .callback import AdapterCallback
 from .dataset_experts import COLUMN, ExpertLabelCollator, tag_dataset
+from .fsdp2 import Fsdp2Checkpoints
 
 LOG = get_logger(__name__)
 
@@ -111,7 +112,10 @@ class MoePeftPlugin(BasePlugin):
             _collate_expert_labels(trainer)
         if cfg.rl and "ref" in trainer.model.peft_config:
             _copy_into_reference(trainer.model)
-        return [AdapterCallback(cfg, trainer)]
+        callbacks: list[TrainerCallback] = [AdapterCallback(cfg, trainer)]
+        if trainer.accelerator.is_fsdp2:
+            callbacks.append(Fsdp2Checkpoints(cfg, trainer))
+        return callbacks
 
 
 def _peft_config(cfg: DictDefault) -> PeftConfig:
