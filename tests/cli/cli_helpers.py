@@ -21,58 +21,14 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from tests.cli.fork_server import TIMED_OUT
 from tests.tiny_models import BOS, EOS, PAD, VOCAB_SIZE, tiny_model
 
 _TIMEOUT = 600  # s, for one command
 # exact comparisons need the CPU, also where there is a GPU
 _CPU_ONLY = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
 CPU_PROCESSES = {"ACCELERATE_USE_CPU": "true"}  # of several, see cpu_processes.py
-# Where the pool runs many commands, the imports of the real command (10 s) are done once: it imports what
-# `axolotl train`, `evaluate` and `merge-lora` import before they load a plugin, and forks for each process of a
-# command. What torchrun would put into the environment comes with the command; a process that fails, and the end of
-# the time, end the others.
-_POOL = """
-import gc, importlib, json, os, signal, sys
-import axolotl.cli.main, axolotl.cli.config, axolotl.cli.evaluate, axolotl.cli.merge_lora, axolotl.cli.train
-import axolotl.common.datasets, axolotl.core.builders, axolotl.train
-import torch
-for module in sys.argv[2:]:
-    importlib.import_module(module)
-gc.freeze()
-children, code = set(), 0
-def end(new_code):
-    global code
-    code = code or new_code
-    for child in children:
-        os.kill(child, signal.SIGKILL)
-signal.signal(signal.SIGALRM, lambda *_: end(%d))
-for line in sys.stdin:
-    arguments, stdin, log, environments, seconds = json.loads(line)
-    code = 0
-    open(log, "w").close()
-    for environment in environments:
-        child = os.fork()
-        if child == 0:
-            file = os.open(log, os.O_WRONLY | os.O_APPEND)
-            os.dup2(os.open(stdin, os.O_RDONLY), 0)
-            os.dup2(file, 1)
-            os.dup2(file, 2)
-            os.environ |= environment
-            if environment:
-                torch.set_num_threads(1)  # as torchrun
-            sys.argv = ["axolotl", *arguments]
-            sys.exit(axolotl.cli.main.main())
-        children.add(child)
-    signal.alarm(seconds)
-    while children:
-        child, status = os.wait()
-        children.remove(child)
-        if status:
-            end(os.waitstatus_to_exitcode(status) %% 256)
-    signal.alarm(0)
-    os.write(int(sys.argv[1]), bytes([code]))
-"""
-_TIMED_OUT = 124  # as `timeout` ends
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass
@@ -119,18 +75,20 @@ class AxolotlPool:
     """
 
     def __init__(self, folder: Path, *modules: str, **environment: str) -> None:
-        self._stdin, self._log = folder / "stdin", folder / "log"
+        self._stdin, self._log, self._errors = folder / "stdin", folder / "log", folder / "errors"
         self._exit_codes, write_end = os.pipe()
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _POOL % _TIMED_OUT, str(write_end), *modules],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            pass_fds=[write_end],
-            # compiling the packing algorithm takes longer than running it
-            env=_CPU_ONLY | {"NUMBA_DISABLE_JIT": "1"} | environment,
-            text=True,
-        )
+        with self._errors.open("w") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.cli.fork_server", str(write_end), *modules],
+                cwd=ROOT,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+                pass_fds=[write_end],
+                # compiling the packing algorithm takes longer than running it
+                env=_CPU_ONLY | {"NUMBA_DISABLE_JIT": "1"} | environment,
+                text=True,
+            )
         os.close(write_end)
 
     def __call__(
@@ -150,8 +108,11 @@ class AxolotlPool:
         request = [arguments, str(self._stdin), str(self._log), environments, timeout]
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
-        code = os.read(self._exit_codes, 1)[0]
-        if code == _TIMED_OUT:
+        answer = os.read(self._exit_codes, 1)
+        if not answer:
+            raise RuntimeError(f"the pool has ended:\n{self._errors.read_text()}")
+        code = answer[0]
+        if code == TIMED_OUT:
             raise TimeoutError(f"axolotl {command} takes more than {timeout} s:\n{self._log.read_text()}")
         return Result(code, self._log.read_text())
 

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 from tests.cli.adapters import ADAPTERS, adapter_keys, dataset_keys
 from tests.cli.cli_helpers import (
     CPU_PROCESSES,
+    ROOT,
     AxolotlPool,
     adapter_tensors,
     log_history,
@@ -32,7 +33,6 @@ from tests.cli.cli_helpers import (
     write_yaml,
 )
 
-ROOT = Path(__file__).parents[2]
 STEPS = 3
 HANGS = 120  # s; a run takes 5
 SEED = 42
