@@ -1,12 +1,12 @@
-"""The table of recipes in the README: `python -m tests.recipes.table` writes it anew."""
+"""The table of recipes in example_yamls/README.md: `python -m tests.recipes.table` writes it anew."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from tests.recipes.recipes import FOLDER, RECIPES, ROOT, counts, load
+from tests.recipes.recipes import FOLDER, RECIPES, counts, load
 
-README = ROOT / "README.md"
+README = FOLDER / "README.md"
 BEGIN, END = "<!-- recipes: written by python -m tests.recipes.table -->", "<!-- recipes end -->"
 _VARIANTS = {"routed": "PERFT-R", "embedded": "PERFT-E", "dense": "PERFT-D", "single": "PERFT-S"}
 
@@ -34,7 +34,7 @@ def table() -> str:
     for name in RECIPES:
         recipe = load(name)
         trainable, activated = counts(name)
-        link = f"[{name}]({FOLDER.name}/{name})"
+        link = f"[{name}]({name})"
         base = recipe["base_model"].rpartition("/")[2]
         lines.append(f"| {base} | {method(recipe)} | {trainable:,} | {activated:,} | {link} |")
     return "\n".join(lines)

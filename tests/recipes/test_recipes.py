@@ -6,6 +6,7 @@ import ast
 import json
 import math
 import re
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from tests.moe_families import FAMILIES, tiny_family_model
 from tests.recipes.recipes import (
     FOLDER,
     RECIPES,
+    ROOT,
     counts,
     expert_recipes,
     header,
@@ -91,6 +93,15 @@ def test_axolotl_keeps_every_key_on_a_gpu_machine(name: str, tmp_path: Path) -> 
         if dataset.conversation:  # where the plugin puts `expert:`
             dataset.update(json.loads(dataset.conversation))
     assert lost_or_changed(recipe, validated.to_dict()) == []
+
+
+def test_axolotl_keeps_every_key_of_the_readme() -> None:
+    example = (ROOT / "README.md").read_text().partition("## Train your model\n\n")[2].partition("\n\nand\n")[0]
+    recipe = yaml.safe_load(textwrap.dedent(example))
+    cfg = DictDefault(recipe)
+    prepare_plugins(cfg)
+    validated = validate_config(cfg, GPUS, {"torch_version": torch.__version__.partition("+")[0]}).to_dict()
+    assert lost_or_changed(recipe, validated) == []
 
 
 def lost_or_changed(given: Any, kept: Any, path: str = "") -> list[str]:
