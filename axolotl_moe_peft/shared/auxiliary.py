@@ -141,8 +141,10 @@ class AuxiliaryLosses:
             ]
 
     def __getstate__(self) -> dict[str, Any]:
-        # a copy of the model begins anew; a pass has graphs and trainers behind it
-        return self.__dict__ | {"current": None, "_unread": WeakSet()}
+        return vars(self) | {"current": None, "_unread": None}  # a copy of the model is in no pass
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state | {"_unread": WeakSet()})
 
     def detach(self) -> None:
         """Stop following the model."""
