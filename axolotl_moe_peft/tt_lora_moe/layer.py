@@ -6,7 +6,7 @@ Shape suffixes: B rows, S tokens, I inputs, O outputs, P ranks of the chosen exp
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..shared.generation import PerThread
 from ..shared.tuner import TunerLayer, compute_dtype
 from ..tt_lora.layer import RANK_MULTIPLE, build_matrices, linear_shape
 
@@ -55,6 +56,15 @@ class Choice:
     distinct: list[int]
 
 
+class RunningChoices(PerThread):
+    """The choices of the call that runs in this thread, by adapter name; none while a router reads the base model."""
+
+    by_adapter: dict[str, Choice] = {}
+
+    def items(self) -> Iterable[tuple[str, Choice]]:
+        return self.by_adapter.items()
+
+
 class _Matrices(NamedTuple):
     """The chosen experts' matrices side by side, as they are for one choice and dtype."""
 
@@ -74,14 +84,13 @@ class TTLoraPoolLinear(nn.Module, TunerLayer):
 
     Args:
         base_layer: the layer to wrap; it stays as it is and is only called.
-        choices: by adapter name, the experts of the batch that the model is called with; shared with the model,
-            which fills it in. An adapter that is not in it adds nothing.
+        choices: the experts of the batch that the model is called with. An adapter that is not in it adds nothing.
     """
 
     adapter_layer_names = ("ttmoe_cores",)
     other_param_names = ("experts", "_matrices")
 
-    def __init__(self, base_layer: nn.Module, choices: dict[str, Choice]) -> None:
+    def __init__(self, base_layer: nn.Module, choices: RunningChoices) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.in_features, self.out_features = linear_shape(base_layer)
