@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from axolotl_moe_peft import PerftConfig
-from tests.benchmarks.timing import DTYPES, Spread, argument_parser, ratio, report, time_rounds
+from tests.benchmarks.timing import DTYPES, Spread, argument_parser, failure, ratio, report, time_rounds
 
 IMPLEMENTATIONS = ("grouped_mm", "eager", "batched_mm", "liger", "scattermoe")
 REFERENCE = "grouped_mm"
@@ -133,7 +133,7 @@ def main() -> None:
             built = {f"{implementation}, {adapter}": build_step(adapter, base, ids) for adapter in ADAPTERS}
             losses |= {name: step().item() for name, step in built.items()}
         except Exception as error:  # kernels fail in many ways, and each says something about this machine
-            rows.append([f"{implementation}: {type(error).__name__}: {str(error).splitlines()[0][:90]}", "", "", ""])
+            rows.append(failure(implementation, error))
             continue
         steps |= built
     times = time_rounds(steps, args.device, args.repeats, args.warmup)

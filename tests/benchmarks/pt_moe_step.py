@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from axolotl_moe_peft import PTMoeConfig
-from tests.benchmarks.timing import DTYPES, Spread, argument_parser, ratio, report, time_rounds
+from tests.benchmarks.timing import DTYPES, Spread, argument_parser, failure, ratio, report, time_rounds
 
 DATA = Path(__file__).parents[2] / "example_yamls/quickstart/gsm8k_train.jsonl"
 VIRTUAL_TOKENS = 40
@@ -218,8 +218,7 @@ def measure(args: argparse.Namespace) -> list[list[str]]:
         try:
             table += compare_packed(base, rows, args.sequence_len, attention)
         except Exception as error:  # kernels fail in many ways, and each says something about this machine
-            reason = str(error).strip().splitlines()[0][:90]
-            table.append([f"packed, {attention}: {type(error).__name__}: {reason}", "", "", ""])
+            table.append(failure(f"packed, {attention}", error))
         else:
             name = f"packed, {attention}"
             passes[name], candidates[name] = packed, build_pass(base, packed, attention)

@@ -101,6 +101,12 @@ def ratio(times: dict[str, list[float]], numerator: str, denominator: str) -> Sp
     return Spread.of([a / b for a, b in zip(times[numerator], times[denominator])])
 
 
+def failure(what: str, error: Exception) -> list[str]:
+    """A row that says why something could not be measured."""
+    reason = " ".join(str(error).split())[:110]
+    return [f"{what}: {type(error).__name__}: {reason}", "", "", ""]
+
+
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print rows, the first column left-aligned, the others right-aligned; a row without figures is a remark."""
     lines = [list(header), *(list(row) for row in rows)]
