@@ -15,6 +15,7 @@ import torch
 from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 from axolotl_moe_peft import PerftConfig
 from tests.benchmarks.timing import DTYPES, Spread, argument_parser, failure, ratio, report, time_rounds
@@ -71,19 +72,19 @@ SIZES = {
 
 def build_base(implementation: str, size: Size, device: str, dtype: torch.dtype) -> nn.Module:
     """The base with these experts; the same weights for all."""
-    name = implementation
+    own_class = modeling_qwen3_moe.Qwen3MoeExperts
     if implementation == "liger":
         from liger_kernel.transformers import apply_liger_kernel_to_qwen3_moe
 
-        # for every model built from now on
         apply_liger_kernel_to_qwen3_moe(rope=False, rms_norm=False, fused_linear_cross_entropy=False, swiglu=True)
-        name = "eager"  # Liger's class has one way
     elif implementation == "scattermoe":
         from axolotl.integrations.kernels.libs.scattermoe_lora.experts import register_scattermoe_experts
 
         register_scattermoe_experts()
+    name = "eager" if implementation == "liger" else implementation  # Liger's class has one way
     with torch.device(device):
         base = Qwen3MoeForCausalLM._from_config(size.config, dtype=dtype, experts_implementation=name)
+    modeling_qwen3_moe.Qwen3MoeExperts = own_class
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for parameter in base.parameters():
