@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ..shared.auxiliary import AuxiliaryLosses
 from ..shared.summary import ParameterRow, parameter_row
 from ..shared.tuner import Tuner
+from .base_losses import BaseLosses
 from .block import MoeBlock
 from .config import PerftConfig
 from .layer import PerftLayer
 from .probe import base_scores
 from .selection import find_moe_blocks, select_moe_blocks
 from .variants import VARIANTS
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 
 class PerftModel(Tuner):
@@ -54,6 +58,13 @@ class PerftModel(Tuner):
         if not hasattr(self, "auxiliary"):  # now that nothing can be refused any more
             self.auxiliary = AuxiliaryLosses(model)
             self.statistics = self.auxiliary.statistics
+            self._base_losses = BaseLosses(model)
+
+    def prepare_trainer(self, trainer: Trainer) -> None:
+        """Keep a trainer from adding the base router's loss beside the adapter's coefficient of it."""
+        configs = {name: self.peft_config[name] for name in self.active_adapters}
+        coefs = {name: config.base_router_aux_loss_coef for name, config in configs.items()}
+        self._base_losses.prepare_trainer(trainer, coefs)
 
     def _check_target_module_exists(self, peft_config: PerftConfig, key: str) -> bool:
         return key in self._blocks
@@ -118,4 +129,5 @@ class PerftModel(Tuner):
     def unload(self) -> nn.Module:
         """Return the base model without any adapter or hook of ours."""
         self.auxiliary.detach()
+        self._base_losses.restore()
         return super().unload()

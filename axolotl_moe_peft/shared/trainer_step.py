@@ -78,7 +78,10 @@ def labels_of(call: Mapping[str, Any]) -> Tensor | None:
 
 
 def watch_trainers() -> None:
-    """Have `current_step` know the batches of all trainers from now on."""
+    """Have `current_step` know the batches of all trainers from now on.
+
+    A tuner that has something to settle with its trainer does so in `prepare_trainer(trainer)`, before each batch.
+    """
     from transformers import Trainer  # a second, which only training costs
 
     if not hasattr(Trainer.training_step, "_keeps_step"):
@@ -89,6 +92,9 @@ def watch_trainers() -> None:
 def _keep_step(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def wrapper(self: Trainer, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        tuner = getattr(self.model, "base_model", None)
+        if hasattr(tuner, "prepare_trainer"):
+            tuner.prepare_trainer(self)
         num_items = kwargs.get("num_items_in_batch", args[0] if args else None)
         token = _step.set(_read_step(self, inputs, num_items))
         try:
