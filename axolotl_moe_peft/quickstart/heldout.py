@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..tt_lora_moe import TTLoraMoeModel
 from .recipes import RECIPES
@@ -18,10 +17,6 @@ def read_heldout(task: str) -> list[list[dict[str, str]]]:
     """The held-out conversations of a task, each a question and its answer."""
     with (RECIPES / f"{task}_heldout.jsonl").open(encoding="utf-8") as file:
         return [json.loads(line)["messages"] for line in file]
-
-
-def load(model_dir: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
 
 
 def tokenize(

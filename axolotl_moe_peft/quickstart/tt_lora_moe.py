@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peft import PeftModel
-from transformers import AutoTokenizer
 
 from .console import Steps, fail
-from .heldout import evaluate, load, read_heldout, tokenize
-from .models import dense_model
+from .heldout import evaluate, read_heldout, tokenize
+from .models import dense_model, load, load_tokenizer
 from .recipes import train
 
 TASKS = ("gsm8k", "boolq", "openbookqa")  # the pool's experts, in the order of tt_lora_moe.yaml
@@ -50,7 +49,7 @@ def run(work_dir: Path) -> None:
 
 def measure(model_dir: Path, expert_dirs: dict[str, Path], pool_dir: Path) -> Iterator[tuple[str, Result]]:
     """Measure task after task, all figures of one on the same held-out rows, with plain transformers and PEFT."""
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer = load_tokenizer(model_dir)
     base = load(model_dir)
     pool = PeftModel.from_pretrained(load(model_dir), pool_dir).eval()
     for task, folder in expert_dirs.items():

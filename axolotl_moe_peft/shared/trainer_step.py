@@ -85,8 +85,8 @@ def watch_trainers() -> None:
     from transformers import Trainer  # a second, which only training costs
 
     if not hasattr(Trainer.training_step, "_keeps_step"):
-        Trainer.training_step = _keep_step(Trainer.training_step)
-        Trainer.prediction_step = _keep_step(Trainer.prediction_step)
+        Trainer.training_step = _keep_step(Trainer.training_step)  # nosemgrep: no-patching-of-others
+        Trainer.prediction_step = _keep_step(Trainer.prediction_step)  # nosemgrep: no-patching-of-others
 
 
 def _keep_step(method: Callable[..., Any]) -> Callable[..., Any]:
