@@ -59,3 +59,10 @@ def test_the_defaults_are_those_of_the_code(method: str) -> None:
         defaults = defaults * len(keys) if len(defaults) == 1 else defaults
         stated = dict(zip(keys, defaults, strict=True))
         assert stated in ({key: getattr(config, key) for key in keys}, {"experts": "required"})
+
+
+def test_every_link_leads_somewhere() -> None:
+    pages = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for page in pages.stdout.split():
+        for link in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", (ROOT / page).read_text(encoding="utf-8")):
+            assert link.startswith("http") or (ROOT / page).parent.joinpath(link).exists(), (page, link)
