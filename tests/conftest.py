@@ -2,6 +2,7 @@
 
 import os
 from importlib.util import find_spec
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"
@@ -19,11 +20,12 @@ collect_ignore = [] if find_spec("axolotl") else ["cli", "host", "recipes"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--write-matrix", action="store_true", help="write the matrix of tests/README.md from this run")
+    parser.addoption("--matrix", type=Path, help="write what this run has of the matrix of tests/README.md to a file")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.pluginmanager.register(Matrix(config.option.write_matrix))
+    if config.option.matrix:
+        config.pluginmanager.register(Matrix(config.option.matrix))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
