@@ -6,7 +6,10 @@ Shape suffixes: I inputs, O outputs, R rank (of the two matrices: padded).
 from __future__ import annotations
 
 import warnings
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,13 +28,18 @@ _NORM_EPS = 1e-6  # the authors'
 _WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-class _Matrices(NamedTuple):
-    """Matrices built from cores in one state: of these storages (kept, so that no other takes their address)."""
+# of the running call of `generate`, by layer, adapter and dtype: no weight changes while it runs
+_kept: ContextVar[dict[tuple, tuple[Tensor, Tensor]] | None] = ContextVar("kept_matrices", default=None)
 
-    cores: list[Tensor]
-    state: tuple
-    down_RI: Tensor
-    up_RO: Tensor
+
+@contextmanager
+def kept_matrices() -> Iterator[None]:
+    """Within it, matrices that are built in evaluation are kept."""
+    token = _kept.set({})
+    try:
+        yield
+    finally:
+        _kept.reset(token)
 
 
 class TTLoraLinear(nn.Module, TunerLayer):
@@ -49,7 +57,7 @@ class TTLoraLinear(nn.Module, TunerLayer):
         base_layer: the layer to wrap; it stays as it is and is only called, but for merging.
     """
 
-    other_param_names = ("tt_config", "factors", "_matrices")
+    other_param_names = ("tt_config", "factors")
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -59,7 +67,6 @@ class TTLoraLinear(nn.Module, TunerLayer):
         self.merged_adapters = []
         self.tt_config: dict[str, TTLoraConfig] = {}
         self.factors: dict[str, Factors] = {}
-        self._matrices: dict[str, _Matrices] = {}
         self.train(base_layer.training)
 
     def update_layer(self, adapter_name: str, config: TTLoraConfig, factors: Factors) -> None:
@@ -72,7 +79,6 @@ class TTLoraLinear(nn.Module, TunerLayer):
             getattr(self, name)[adapter_name] = nn.Parameter(core)
         self.tt_config[adapter_name] = config
         self.factors[adapter_name] = factors
-        self._matrices.pop(adapter_name, None)
         self.reset_parameters(adapter_name)
         self.set_adapter(self.active_adapters)
 
@@ -94,66 +100,78 @@ class TTLoraLinear(nn.Module, TunerLayer):
             for side, sizes in zip(("in", "out"), factors)
         )
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
         """Call the base layer and add what the active adapters compute from the same x (..., I).
+
+        Args:
+            adapter_names: instead of the active ones, the adapter of each row of x; `__base__` is none.
 
         Returns:
             (..., O) in the dtype of the base layer's output.
+
+        Raises:
+            ValueError: `adapter_names` does not fit the rows, or adapters are merged.
         """
+        if adapter_names is not None:
+            self._check_adapter_names(x, adapter_names)
         if self.disable_adapters and self.merged:
             self.unmerge()
         output = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return output
+        if adapter_names is not None:
+            return self._add_by_row(output, x, adapter_names)
         for adapter_name in self.active_adapters:
             if adapter_name in self.tt_config:
                 output = output + self._delta(adapter_name, x).to(output.dtype)
         return output
 
+    def _check_adapter_names(self, x: Tensor, adapter_names: Sequence[str]) -> None:
+        if self.merged:
+            raise ValueError("adapter_names: adapters are merged into the base; call `unmerge_adapter` first.")
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                f"adapter_names: {len(adapter_names)} names for {len(x)} rows of a {type(self.base_layer).__name__}. "
+                "Give one for each row of the batch; layers that get the tokens of all rows in one, as the experts of "
+                "an MoE do, cannot tell rows apart."
+            )
+
+    def _add_by_row(self, output: Tensor, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
+        for adapter_name in sorted({*adapter_names} & {*self.tt_config}):
+            rows = torch.tensor([i for i, name in enumerate(adapter_names) if name == adapter_name], device=x.device)
+            output = output.index_add(0, rows, self._delta(adapter_name, x[rows]).to(output.dtype))
+        return output
+
     def _delta(self, adapter_name: str, x: Tensor) -> Tensor:
         dtype = compute_dtype(x)
-        down_RI, up_RO = self._built(adapter_name, dtype)
+        down_RI, up_RO = self._matrices(adapter_name, dtype)
         x = F.dropout(x.to(dtype), self.tt_config[adapter_name].dropout, self.training)
         return F.linear(x, down_RI) @ up_RO
 
-    def _built(self, adapter_name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The two matrices in this dtype; in evaluation those of the last call, if the cores are the same."""
-        cores_in, cores_out = self.cores(adapter_name)
-        cores = [*cores_in, *cores_out]
-        differentiable = torch.is_grad_enabled() and any(core.requires_grad for core in cores)
-        cached = not (self.training or differentiable or torch.compiler.is_compiling())
-        if not cached or any(core.is_inference() for core in cores):
+    def _matrices(self, adapter_name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        if torch.compiler.is_compiling() or self.training or torch.is_grad_enabled() or (kept := _kept.get()) is None:
             return self._build(adapter_name, dtype)
-        # a matrix of inference mode cannot be used where a gradient is recorded
-        state = (dtype, torch.is_inference_mode_enabled(), *((core.data_ptr(), core._version) for core in cores))
-        matrices = self._matrices.get(adapter_name)
-        if matrices is None or matrices.state != state:
-            kept = [core.detach() for core in cores]
-            matrices = self._matrices[adapter_name] = _Matrices(kept, state, *self._build(adapter_name, dtype))
-        return matrices.down_RI, matrices.up_RO
+        key = (self, adapter_name, dtype)
+        if key not in kept:
+            kept[key] = self._build(adapter_name, dtype)
+        return kept[key]
 
     def _build(self, adapter_name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         down_RI, up_RO = build_matrices(*self.cores(adapter_name), self.tt_config[adapter_name].alpha)
         padding = (0, 0, 0, -len(down_RI) % RANK_MULTIPLE)
         return F.pad(down_RI, padding).to(dtype), F.pad(up_RO, padding).to(dtype)
 
-    def train(self, mode: bool = True) -> TTLoraLinear:
-        self._matrices.clear()  # sharded training changes cores in ways that their version does not tell
-        return super().train(mode)
-
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What the adapter adds to the base layer's weight, in its layout and dtype."""
         return self._delta_weight(adapter).to(self.weight.dtype)
 
     def check_mergeable(self) -> None:
-        """Raise a ValueError if the base layer's weight is quantised."""
-        shape = (self.out_features, self.in_features)
-        if isinstance(self.get_base_layer(), Conv1D):
-            shape = shape[::-1]
-        if self.weight.dtype not in _WEIGHT_DTYPES or self.weight.shape != shape:
+        """Raise a ValueError if the base layer's weight is quantised or of another kind that nothing is added to."""
+        if not has_plain_weight(self.get_base_layer()):
             raise ValueError(
-                f"a TT-LoRA cannot be merged into a quantised {type(self.get_base_layer()).__name__}, whose weight "
-                "would have to be rounded again. Load the base model in bf16 to merge; `axolotl merge-lora` does."
+                f"a TT-LoRA cannot be merged into a quantised {type(self.get_base_layer()).__name__} (its weight is a "
+                f"{type(self.weight.data).__name__} of {self.weight.dtype}), which would have to be rounded again. "
+                "Load the base model in bf16 to merge; `axolotl merge-lora` does."
             )
 
     @torch.no_grad()
@@ -204,6 +222,15 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, Conv1D):
         return module.nx, module.nf
     return None
+
+
+def has_plain_weight(module: nn.Module) -> bool:
+    """Whether a linear layer's weight is a matrix of numbers in one piece, and not quantised, sharded or wrapped."""
+    shape = linear_shape(module)
+    if isinstance(module, nn.Linear):
+        shape = shape[::-1]
+    weight = module.weight
+    return type(weight.data) is Tensor and weight.dtype in _WEIGHT_DTYPES and weight.shape == shape
 
 
 def core_shapes(factors: Factors, rank: int) -> dict[str, tuple[int, int, int]]:

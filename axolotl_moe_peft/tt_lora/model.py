@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..shared.summary import ParameterRow, parameter_row
 from ..shared.tuner import Tuner
 from .config import TTLoraConfig
 from .factors import Factors, auto_factors, check_product
-from .layer import TTLoraLinear, linear_shape
+from .layer import TTLoraLinear, kept_matrices, linear_shape
+from .targets import endings, has_suffix, left_out, target_layers
 
 
 class TTLoraModel(Tuner):
@@ -42,17 +45,20 @@ class TTLoraModel(Tuner):
 
     def _prepare_model(self, peft_config: TTLoraConfig, model: nn.Module) -> None:
         """Check the targets and their factors, before any layer is replaced."""
-        layers = target_layers(peft_config, model)
+        layers = self._targets = target_layers(peft_config, model)
         names: dict[Factors, list[str]] = {}
         for name, layer in layers.items():
             names.setdefault(factors_of(name, layer, peft_config), []).append(name)
         for key in peft_config.factors if isinstance(peft_config.factors, dict) else ():
-            if not any(_has_suffix(name, key) for name in layers):
+            if not any(has_suffix(name, key) for name in layers):
                 raise ValueError(
-                    f"tt_lora.factors: {key!r} is none of the target modules, whose names end with {_endings(layers)}."
+                    f"tt_lora.factors: {key!r} is none of the target modules, whose names end with {endings(layers)}."
                 )
         if not peft_config.inference_mode:
             _warn_of_waste(names, peft_config.rank)
+
+    def _check_target_module_exists(self, peft_config: TTLoraConfig, key: str) -> bool:
+        return key in self._targets
 
     def _create_and_replace(
         self,
@@ -77,6 +83,47 @@ class TTLoraModel(Tuner):
             if isinstance(layer, TTLoraLinear):
                 layer.check_mergeable()
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's `generate`, for which the adapters' matrices are built once."""
+        with kept_matrices():
+            return self.model.generate(*args, **kwargs)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Within it, `adapter_names` says which adapter each row gets, `__base__` being none, as for LoRA."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("adapter_names: a batch can mix adapters in evaluation only; call model.eval() first.")
+        unknown = sorted(set(names) - {"__base__", *self.peft_config})
+        if unknown:
+            raise ValueError(
+                f"adapter_names: there is no adapter {', '.join(map(repr, unknown))}; there are "
+                f"{', '.join(map(repr, self.peft_config))}, and '__base__'."
+            )
+        beams = kwargs.get("num_beams") or 1
+        encoder = self.model.get_encoder() if getattr(self.config, "is_encoder_decoder", False) else None
+        once = set() if encoder is None else set(encoder.modules())  # an encoder's rows are not repeated for the beams
+        handles = [
+            module.register_forward_pre_hook(_with_names(names, 1 if module in once else beams), with_kwargs=True)
+            for module in self.modules()
+            if isinstance(module, (TTLoraLinear, AuxiliaryTrainingWrapper))
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # adapters of version 0.1 with all-linear have parameters there, which did nothing
+        unread = tuple(f"{prefix}model.{name}.{self.prefix}" for name in left_out(self.model))
+        for key in [key for key in state_dict if key.startswith(unread)]:
+            del state_dict[key]
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def parameter_rows(self, adapter_name: str = "default") -> list[ParameterRow]:
         """What is trainable in the model, by part: the adapter's cores, and anything else (nothing)."""
         cores = []
@@ -88,48 +135,9 @@ class TTLoraModel(Tuner):
         return [parameter_row("cores", cores), parameter_row("other", other)]
 
 
-def target_layers(config: TTLoraConfig, model: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers that `config.target_modules` matches, by name, as they were before any adapter.
-
-    Raises:
-        ValueError: a target matches nothing, or something else than linear layers.
-    """
-    modules = _unwrapped_modules(model)
-    linear = {name: module for name, module in modules.items() if linear_shape(module) is not None}
-    targets = config.target_modules
-    if targets == "all-linear":
-        output_layer = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        return {name: module for name, module in linear.items() if module is not output_layer}
-    matched = {n: module for n, module in modules.items() if n and BaseTuner._check_target_module_exists(config, n)}
-    if isinstance(targets, list):
-        unmatched = [repr(t) for t in targets if not any(_has_suffix(name, t) for name in matched)]
-    else:
-        unmatched = [] if matched else [f"the regular expression {targets!r}"]
-    if unmatched:
-        raise ValueError(
-            f"tt_lora.target_modules: {', '.join(unmatched)} matches no module of {type(model).__name__}. The "
-            f"names of its linear layers end with {_endings(linear)}."
-        )
-    for name in matched:
-        if name not in linear:
-            raise ValueError(
-                f"tt_lora.target_modules: {targets!r} matches {name}, which is no linear layer but "
-                f"{type(matched[name]).__name__}. The names of the linear layers end with {_endings(linear)}."
-            )
-    return matched
-
-
-def _unwrapped_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules by name as they were before any adapter."""
-    modules, inside = {}, ()
-    for name, module in model.named_modules():
-        if name.startswith(inside):
-            continue
-        if isinstance(module, BaseTunerLayer):
-            inside += (f"{name}.",)
-            module = module.get_base_layer()
-        modules[name] = module
-    return modules
+def _with_names(names: list[str], repeats: int) -> Callable[..., tuple[tuple, dict[str, Any]]]:
+    repeated = [name for name in names for _ in range(repeats)]
+    return lambda module, args, kwargs: (args, {**kwargs, "adapter_names": repeated})
 
 
 def factors_of(name: str, layer: nn.Module, config: TTLoraConfig) -> Factors:
@@ -139,7 +147,7 @@ def factors_of(name: str, layer: nn.Module, config: TTLoraConfig) -> Factors:
         ValueError: given factors do not multiply to its shape.
     """
     in_features, out_features = linear_shape(layer)
-    keys = [key for key in config.factors if _has_suffix(name, key)] if isinstance(config.factors, dict) else []
+    keys = [key for key in config.factors if has_suffix(name, key)] if isinstance(config.factors, dict) else []
     if not keys:
         return auto_factors(in_features, out_features, config.rank, config.num_cores)
     key = max(keys, key=len)  # the most specific one
@@ -162,11 +170,3 @@ def _warn_of_waste(names: dict[Factors, list[str]], rank: int) -> None:
                 "factors at the beginning of `in` and of `out`.",
                 stacklevel=2,
             )
-
-
-def _has_suffix(name: str, suffix: str) -> bool:
-    return name == suffix or name.endswith(f".{suffix}")
-
-
-def _endings(layers: dict[str, nn.Module]) -> str:
-    return ", ".join(sorted({name.rpartition(".")[2] for name in layers}))

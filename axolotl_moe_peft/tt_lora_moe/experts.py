@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ..tt_lora import TTLoraConfig
 from ..tt_lora.layer import core_shapes
-from ..tt_lora.model import factors_of, target_layers
+from ..tt_lora.model import factors_of
+from ..tt_lora.targets import target_layers
 from .config import POOLED_FIELDS
 from .layer import ExpertShapes
 
