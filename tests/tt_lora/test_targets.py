@@ -116,8 +116,8 @@ def test_of_a_module_of_ones_own_too():
     model = adapted(nn.Sequential(Parent()))
     assert names(model) == {"scaled", "asked"}
     for target, why in (
-        ("read", "reads itself"),
-        ("either", "reads itself"),
+        ("read", "reads the layer"),
+        ("either", "reads the layer"),
         ("router", "no linear layer but Router"),
     ):
         with pytest.raises(ValueError, match=why):
