@@ -21,6 +21,7 @@ from .layer import build_matrices
 
 LOG = logging.getLogger(__name__)
 
+_BESIDE = (".weight", ".bias", ".trainable_tokens_delta")
 _WEIGHTS = "adapter_model.safetensors"
 
 
@@ -51,14 +52,16 @@ def export_to_lora(
         base = _architecture(config)
     if not isinstance(config, TTLoraConfig):
         raise ValueError(f"the adapter is of type {config.peft_type.value}; only TT_LORA can be exported.")
-    tensors = {}
-    for name, (cores_in, cores_out) in _by_layer(cores, config.rank).items():
+    # resized embeddings, heads and tokens that PEFT saves beside an adapter go with it as they are
+    tensors = {key: cores.pop(key).detach().cpu().contiguous() for key in [*cores] if _is_beside(key)}
+    layers = _by_layer(cores, config.rank)
+    for name, (cores_in, cores_out) in layers.items():
         down, up = build_matrices(cores_in, cores_out, alpha=1.0)
         tensors[f"{name}.lora_A.weight"] = down.detach().cpu().contiguous()
         tensors[f"{name}.lora_B.weight"] = up.T.detach().cpu().contiguous()
     targets = config.target_modules
     if targets == "all-linear":  # what PEFT means by it is more, routers among them
-        targets = sorted({key.removeprefix("base_model.model.").rpartition(".lora_")[0] for key in tensors})
+        targets = sorted(name.removeprefix("base_model.model.") for name in layers)
     scale = config.alpha * config.rank  # PEFT divides by the rank
     lora = LoraConfig(
         r=config.rank,
@@ -67,6 +70,8 @@ def export_to_lora(
         target_modules=targets,
         fan_in_fan_out=any(isinstance(m, Conv1D) for m in base.modules()) if base is not None else False,
         task_type=config.task_type,
+        modules_to_save=config.modules_to_save,
+        trainable_token_indices=config.trainable_token_indices,
         base_model_name_or_path=config.base_model_name_or_path,
         revision=config.revision,
         inference_mode=True,
@@ -91,6 +96,10 @@ def _read(folder: Path, out_folder: Path) -> tuple[PeftConfig, dict[str, Tensor]
         return config, load_file(folder / _WEIGHTS)
     except SafetensorError as error:
         raise ValueError(f"{str(folder / _WEIGHTS)!r} cannot be read: {error}.") from error
+
+
+def _is_beside(key: str) -> bool:
+    return key.startswith("base_model.model.") and key.endswith(_BESIDE) and ".lora_" not in key
 
 
 def _by_layer(cores: dict[str, Tensor], rank: int) -> dict[str, tuple[list[Tensor], list[Tensor]]]:

@@ -76,10 +76,23 @@ def load_expert(entry: dict[str, Any], model: nn.Module) -> Expert:
                     found = tuple(tensors[key].shape) if key in tensors else "missing"
                     raise ValueError(f"{what} ({entry['path']}): {key} is {found}, this base model needs {shape}.")
             cores[name] = torch.cat([tensors.pop(key).flatten().float() for key in keys])
-    if tensors:
-        raise ValueError(f"{what} ({entry['path']}): this base model has no place for {next(iter(tensors))}.")
+    for key, tensor in (tensors or {}).items():
+        _check_is_the_bases(f"{what} ({entry['path']})", key, tensor, model)
     pooled = {key: getattr(config, key) for key in POOLED_FIELDS}
     return Expert({"name": entry["name"], "path": entry["path"], **pooled}, shapes, cores)
+
+
+def _check_is_the_bases(what: str, key: str, tensor: Tensor, model: nn.Module) -> None:
+    """Check that what an expert has beside its cores is in the base as well, as embeddings are that were resized."""
+    own = dict(model.named_parameters()).get(key.removeprefix("base_model.model."))
+    if own is None:
+        raise ValueError(f"{what}: this base model has no place for {key}.")
+    if own.shape != tensor.shape or not (own.is_meta or torch.equal(own.detach().cpu(), tensor.to(own.dtype))):
+        raise ValueError(
+            f"{what} has a {key} {tuple(tensor.shape)} of its own, beside which it was trained; this base model's "
+            f"{tuple(own.shape)} is another, and a pool shares one. Give the base the same (resize its embeddings and "
+            "load that tensor), or train the expert with its base as it is."
+        )
 
 
 def read_expert(entry: dict[str, Any], base_model: str | None = None) -> tuple[TTLoraConfig, dict[str, Tensor]]:
