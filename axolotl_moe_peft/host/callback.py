@@ -11,17 +11,20 @@ from peft.tuners.tuners_utils import BaseTuner
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
+from ..shared.summary import format_memory
+
 LOG = get_logger(__name__)
 
 
 class AdapterCallback(TrainerCallback):
-    """Checks the optimiser's parameters once, and puts the routers' figures on the host's log line."""
+    """Puts the routers' figures on the host's log line; checks and logs, once, what the optimiser holds."""
 
     def __init__(self, cfg: DictDefault, trainer: Trainer) -> None:
         self.cfg = cfg
         self.trainer = trainer
         self.fresh = not cfg.lora_model_dir
         self.prediction_steps = 0
+        self.memory_is_logged = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -33,6 +36,10 @@ class AdapterCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if not self.memory_is_logged and not self.trainer.is_deepspeed_enabled:
+            self.memory_is_logged = True
+            rows = self._tuner(kwargs["model"]).parameter_rows()
+            LOG.info("memory of the adapter: %s", format_memory(rows, kwargs["optimizer"]))
         if control.should_log:
             self._store(self._tuner(kwargs["model"]), "train")
 

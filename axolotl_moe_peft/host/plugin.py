@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from ..pt_moe import PTMoeConfig
-from ..shared.summary import format_memory, format_table
+from ..shared.summary import format_table
 from ..tt_lora_moe import TTLoraMoeConfig
 from ..versions import warn_of_newer_versions
 from .args import (
@@ -212,8 +212,6 @@ def _copy_into_reference(model: PeftModel) -> None:
 def _log_what_is_trained(model: PeftModel, cfg: DictDefault) -> None:
     rows = model.base_model.parameter_rows()
     LOG.info("%s adapter attached, trainable parameters:\n%s", cfg.adapter, format_table(rows))
-    if cfg.optimizer:  # not so at inference
-        LOG.info("memory of the adapter: %s", format_memory(rows, getattr(cfg.optimizer, "value", cfg.optimizer)))
     LOG.info("the base model is frozen, routers of its own included")
     layers = getattr(model.base_model, "adapted_layers", None)
     if layers is not None and len(layers) != model.config.get_text_config().num_hidden_layers:

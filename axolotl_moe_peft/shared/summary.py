@@ -1,31 +1,14 @@
-"""The table of what is trained and the memory it takes, printed once an adapter is attached."""
+"""The table of what is trained, printed once an adapter is attached, and the memory it takes to train it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 _HEADER = ("part", "tensors", "parameters", "per token", "dtype")
-
-# what an optimiser keeps, in bytes for each byte of float32 parameter: Adam two moments, Lion and RMSprop one, SGD
-# without momentum none; others keep what depends on their settings or on the shapes
-_OPTIMIZER_STATES = {
-    "adamw_torch": 2.0,
-    "adamw_torch_fused": 2.0,
-    "paged_adamw_32bit": 2.0,
-    "adamw_bnb_8bit": 0.5,
-    "adamw_8bit": 0.5,
-    "paged_adamw_8bit": 0.5,
-    "lion_32bit": 1.0,
-    "paged_lion_32bit": 1.0,
-    "lion_8bit": 0.25,
-    "paged_lion_8bit": 0.25,
-    "adagrad": 1.0,
-    "rmsprop": 1.0,
-    "sgd": 0.0,
-}
 
 
 @dataclass(frozen=True)
@@ -71,19 +54,22 @@ def format_table(rows: list[ParameterRow]) -> str:
     )
 
 
-def format_memory(rows: list[ParameterRow], optimizer: str) -> str:
-    """A line on the memory of parameters, gradients and the optimiser's states (a name of TrainingArguments.optim).
+def format_memory(rows: Sequence[ParameterRow], optimizer: torch.optim.Optimizer) -> str:
+    """A line on the memory of parameters, gradients and what the optimiser keeps, once it has made a step.
 
-    It is that of one process; FSDP divides it among its processes. Activations are not in it.
+    It is that of one process: parameters and gradients whole, though FSDP divides them, the optimiser's states as they
+    are here. Activations are not in it.
     """
     size = sum(row.bytes for row in rows)
-    parts = {"parameters": size, "gradients": size}
-    if optimizer in _OPTIMIZER_STATES:
-        parts[f"states of {optimizer}"] = int(size * _OPTIMIZER_STATES[optimizer])
-        total = f" = {_mebibytes(sum(parts.values()))}"
-    else:
-        total = f", and the states of {optimizer}"
-    return " + ".join(f"{name} {_mebibytes(value)}" for name, value in parts.items()) + total
+    values = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    states = sum(_on_this_process(value).nbytes for value in values)
+    parts = {"parameters": size, "gradients": size, "states of the optimiser": states}
+    line = " + ".join(f"{name} {_mebibytes(value)}" for name, value in parts.items())
+    return f"{line} = {_mebibytes(sum(parts.values()))}"
+
+
+def _on_this_process(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _mebibytes(size: int) -> str:

@@ -223,7 +223,7 @@ def test_log_has_the_parameter_table(variant: str, trained: Callable[[str], Run]
     assert [(row[0], int(row[2].replace(",", ""))) for row in rows] == expected
     # float32, and AdamW's two moments
     size, states = (f"{4 * n / 2**20:,.2f} MiB" for n in (total, 2 * total))
-    memory = f"memory of the adapter: parameters {size} + gradients {size} + states of adamw_torch {states} ="
+    memory = f"memory of the adapter: parameters {size} + gradients {size} + states of the optimiser {states} ="
     assert memory in run.output
 
 

@@ -7,10 +7,12 @@ computed from it with plain formulas, added to the main loss, and differentiated
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from axolotl_moe_peft import PerftConfig
 from axolotl_moe_peft.perft import PerftLayer
 from axolotl_moe_peft.shared import auxiliary, routing
+from tests.moe_families import tiny_family_model
 from tests.tiny_models import FAMILIES, PAD, random_ids, randomise_adapters, tiny_model
 
 COEFS = {"router_aux_loss_coef": 0.3, "router_z_loss_coef": 0.05, "base_router_aux_loss_coef": 0.2}
@@ -285,6 +287,53 @@ def test_padding_never_counts_whatever_its_side_and_packed_equals_unpacked(check
     for other, figures in results[1:]:
         assert_same(other, results[0][0])
         assert figures == pytest.approx(results[0][1], rel=1e-4)
+
+
+def looped(family: str) -> PreTrainedModel:
+    """A model of which one layer runs twice in each forward pass."""
+    if family == "inkling2_loop_text":
+        return tiny_family_model(family)
+    model = tiny_model(family)
+    model.model.layers.append(model.model.layers[-1])
+    model.config.num_hidden_layers += 1
+    return model
+
+
+# the family itself came with transformers 5.24
+@pytest.mark.parametrize("family", ["mixtral", *(f for f in ("inkling2_loop_text",) if f in CONFIG_MAPPING)])
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+def test_layers_that_run_twice_in_a_pass_count_once(family, checkpointing):
+    """A layer's loss, and its figure, are the mean over its runs."""
+    inputs = {**batch(0, padding=3), "use_cache": False}
+    gradients_by_coef, figures, seen = {}, {}, {}
+    for coef in (1.0, 0.0):
+        torch.manual_seed(0)
+        config = PerftConfig(task_type="CAUSAL_LM", num_experts=4, rank=4, router_aux_loss_coef=coef)
+        model = get_peft_model(looped(family), config).train()
+        randomise_adapters(model)
+        model.enable_input_require_grads()
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, PerftLayer)}
+        if coef:
+            if CHECKPOINTING[checkpointing]:
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=CHECKPOINTING[checkpointing])
+            model(**inputs).loss.backward()
+        else:
+            for name, layer in layers.items():
+                layer.register_forward_pre_hook(lambda m, args, n=name: seen.setdefault(n, []).append(args[0]))
+            loss, mask = model(**inputs).loss, inputs["attention_mask"].bool().flatten()
+            losses = [
+                [plain_balance_loss(x.flatten(0, 1) @ layers[n].perft_router["default"].T, 2, mask) for x in runs]
+                for n, runs in seen.items()
+            ]
+            assert sorted(map(len, losses))[-2:] == [1, 2]
+            means = [sum(runs) / len(runs) for runs in losses]
+            (loss + sum(means) / len(means)).backward()
+            figures[coef] = (sum(means) / len(means)).item()
+        if coef:
+            figures[coef] = model.base_model.statistics.pop()["router_aux_loss"]
+        gradients_by_coef[coef] = gradients(model)
+    assert_same(gradients_by_coef[1.0], gradients_by_coef[0.0])
+    assert figures[1.0] == pytest.approx(figures[0.0], rel=1e-4)
 
 
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
