@@ -1,147 +1,264 @@
-"""Keys of Axolotl's own that do not go with an adapter of this package, and why."""
+"""Keys of Axolotl's own that do not go with an adapter of this package: their table, and the check against it."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-# Keys of the host's LoRA that an own key of the block replaces, the first one that the block has.
-_REPLACED = {
-    "lora_r": ("rank",),
-    "lora_alpha": ("alpha",),
-    "lora_dropout": ("dropout",),
-    "lora_target_modules": ("target_modules",),
-    "lora_target_linear": ("target_modules",),
-    "peft_layers_to_transform": ("layers_to_transform", "target_modules"),  # a regular expression chooses layers, too
-}
-# Keys of the host's LoRA without a counterpart here.
-_MEANINGLESS = (
-    "lora_target_parameters",
-    "lora_modules_to_save",
-    "lora_rank_pattern",
-    "lora_alpha_pattern",
-    "lora_fan_in_fan_out",
-    "lora_on_cpu",
-    "lora_mlp_kernel",
-    "lora_qkv_kernel",
-    "lora_o_kernel",
-    "lora_embedding_kernel",
-    "loraplus_lr_ratio",
-    "peft",
-    "peft_layers_pattern",
-    "peft_use_dora",
-    "peft_use_rslora",
-    "peft_layer_replication",
-    "peft_init_lora_weights",
-    "peft_trainable_token_indices",
-    "peft_ensure_weight_tying",
-    "relora",
-    "qlora_sharded_model_loading",
-)
+from peft import PeftConfig
+
+from ..registration import config_class
+
 BITS_AND_BYTES = ("load_in_4bit", "load_in_8bit")
-_QUANTISED_OTHERWISE = ("gptq", "quantize_moe_experts", "model_quantization_config")
-# Why an adapter cannot be merged; those that are not here can.
-_UNMERGEABLE = {
-    "perft": "it runs in parallel with the MoE block, partly chosen per token, and no weight of the base model "
-    "computes that",
-    "tt_lora_moe": "which expert acts is chosen for each sequence, and no weight of the base model computes that; "
-    "merge a single expert's own tt_lora adapter instead",
-    "pt_moe": "it is a prompt before the text, which no weight of the base model computes",
-}
-# Why an adapter cannot be trained by a method of `rl:`.
-_SUPERVISED_ONLY = {
-    "tt_lora_moe": "its router is trained on the prompts of labelled rows, and the trainers of `rl:` call the model "
-    "without labels",
-    "pt_moe": "its prompt is chosen by the part of a row before the labels, and the trainers of `rl:` call the model "
-    "without labels",
-}
-# Optimisers that cannot hold these adapters, by the beginning of their names, and why.
-_UNFIT_OPTIMIZERS = {
-    "muon": "it takes matrices only, and the adapter's parameters are stacks of them",
-    "dion": "it takes matrices only, and the adapter's parameters are stacks of them",
-    "galore_": "it projects the gradients of the base's own weights, which are frozen",
-    "apollo_": "it projects the gradients of the base's own weights, which are frozen",
-    "lomo": "it takes all of the model's weights, the frozen ones included",
-    "adalomo": "it takes all of the model's weights, the frozen ones included",
-}
-# Values of `rl:` for which Axolotl hands the trainer the adapter's configuration alone.
-_BUILT_BY_THE_TRAINER = ("dpo", "ipo", "kto")
 
 
-def check_host_keys(data: dict[str, Any], own_keys: Collection[str]) -> dict[str, Any]:
-    """Check the YAML's keys beside the adapter's block.
+@dataclass(frozen=True)
+class HostKey:
+    """A key, the adapters with which it is refused, and what the user reads.
+
+    Attributes:
+        name: the key; `trl.use_liger_loss` for a key in a block.
+        reason: why it cannot be right. Names in braces are class attributes of the adapter's config.
+        instead: what to write.
+        own: keys of the adapter's block that take its place, the first one that the block has.
+        attribute: the class attribute of an adapter's config that decides; None: every adapter.
+        having: whether it is refused with the adapters that have the attribute, or with the others.
+        values: the values that are refused, None is not asked; by default those that are true.
+        shown: the refused values, where they are some of many.
+        beside: other keys, of which one must be given too.
+        unless: a key with which it is right all the same.
+        losses: refused only where router losses act.
+    """
+
+    name: str
+    reason: str = ""
+    instead: str = "Remove the key."
+    own: tuple[str, ...] = ()
+    attribute: str | None = None
+    having: bool = True
+    values: Callable[[Any], bool] = bool
+    shown: str = ""
+    beside: tuple[str, ...] = ()
+    unless: str = ""
+    losses: bool = False
+
+    def concerns(self, adapter: str) -> bool:
+        """Whether it is refused with that adapter, some of its values at least."""
+        return self.attribute is None or bool(getattr(config_class(adapter), self.attribute)) is self.having
+
+    def reason_for(self, adapter: str) -> str:
+        """Why it is refused with that adapter."""
+        config_cls = config_class(adapter)
+        return self.reason.format(needs_labels=config_cls.needs_labels, loss_of_its_own=config_cls.loss_of_its_own)
+
+
+def _more_than_one(value: Any) -> bool:
+    return str(value).isdecimal() and int(value) > 1  # a text on the command line
+
+
+def _begins_with(*names: str) -> Callable[[Any], bool]:
+    return lambda value: str(getattr(value, "value", value)).startswith(names)
+
+
+def _is_one_of(*names: str) -> Callable[[Any], bool]:
+    return lambda value: str(getattr(value, "value", value)) in names
+
+
+_LORA = "it is a key of LoRA"
+_MATRICES = "it takes matrices only, and the adapter's parameters are stacks of them"
+_FROZEN = "it projects the gradients of the base's own weights, which are frozen"
+_WHOLE_MODEL = "it takes all of the model's weights, the frozen ones included"
+_OTHER_OPTIMIZER = "Use one like adamw_torch, adafactor or schedule_free_adamw."
+_ONE_BY_NAME = "Axolotl quantises so for its own lora and qlora only"
+_LOAD = "Remove the key; load the base in bf16 or with `load_in_4bit: true`."
+_PAST_THE_MODEL = (
+    "it computes the loss past the model's own forward pass, where the router losses of the adapter cannot act"
+)
+_OWN_LOSS = "the adapter trains by {loss_of_its_own} and computes no logits in training"
+_SHARDED = "it gives every process a part of the base's layers, and an adapter of this package needs whole ones"
+
+HOST_KEYS: tuple[HostKey, ...] = (
+    HostKey("lora_r", own=("rank",)),
+    HostKey("lora_alpha", own=("alpha",)),
+    HostKey("lora_dropout", own=("dropout",)),
+    HostKey("lora_target_modules", own=("target_modules",)),
+    HostKey("lora_target_linear", own=("target_modules",)),
+    # a regular expression chooses layers, too
+    HostKey("peft_layers_to_transform", own=("layers_to_transform", "target_modules")),
+    *(
+        HostKey(name, _LORA)
+        for name in (
+            "lora_target_parameters",
+            "lora_rank_pattern",
+            "lora_alpha_pattern",
+            "lora_fan_in_fan_out",
+            "lora_on_cpu",
+            "loraplus_lr_ratio",
+            "loraplus_lr_embedding",
+            "peft",
+            "peft_layers_pattern",
+            "peft_use_dora",
+            "peft_use_rslora",
+            "peft_layer_replication",
+            "peft_init_lora_weights",
+            "peft_ensure_weight_tying",
+            "relora",
+            "qlora_sharded_model_loading",
+        )
+    ),
+    *(HostKey(f"lora_{part}_kernel", _LORA) for part in ("mlp", "qkv", "o", "embedding")),
+    *(
+        HostKey(
+            name,
+            "nothing but its router is trained",
+            attribute="trains_modules_of_the_base",
+            having=False,
+        )
+        for name in ("lora_modules_to_save", "peft_trainable_token_indices")
+    ),
+    HostKey(
+        "unfrozen_parameters",
+        "what else is trained is not saved with the adapter, and what it does not name is frozen, the adapter too",
+        "Remove the key; `lora_modules_to_save` trains and saves modules of the base.",
+    ),
+    HostKey("optimizer", _MATRICES, _OTHER_OPTIMIZER, values=_begins_with("muon", "dion"), shown="muon, dion"),
+    HostKey(
+        "optimizer", _FROZEN, _OTHER_OPTIMIZER, values=_begins_with("galore_", "apollo_"), shown="galore_*, apollo_*"
+    ),
+    HostKey(
+        "optimizer", _WHOLE_MODEL, _OTHER_OPTIMIZER, values=_begins_with("lomo", "adalomo"), shown="lomo, adalomo"
+    ),
+    *(HostKey(name, _ONE_BY_NAME, _LOAD) for name in ("gptq", "quantize_moe_experts", "model_quantization_config")),
+    *(
+        HostKey(
+            name,
+            "Axolotl shards a quantised base for its own qlora only",
+            "Remove one of the two.",
+            beside=("fsdp", "fsdp_config", "deepspeed"),
+        )
+        for name in BITS_AND_BYTES
+    ),
+    HostKey("load_in_4bit", "a base is quantised in one way", "Remove one of the two.", beside=("load_in_8bit",)),
+    HostKey(
+        "pretraining_dataset",
+        "its rows have no `expert:` for the router to learn",
+        "Use `datasets`.",
+        attribute="needs_expert_labels",
+    ),
+    HostKey(
+        "deepspeed",
+        "what is frozen, the adapter's experts too, is left out of DeepSpeed's checkpoints and, with ZeRO-3, of the "
+        "saved adapter",
+        "Remove the key, or shard the base with `fsdp_version: 2` and `fsdp_config`.",
+        attribute="frozen_parts",
+    ),
+    HostKey("rl", "{needs_labels}", "Train it on `datasets` with answers, without `rl:`.", attribute="needs_labels"),
+    HostKey(
+        "lora_model_dir",
+        "Axolotl builds the adapter anew from its configuration there and would ignore the saved one",
+        "Remove `lora_model_dir`.",
+        attribute="needs_labels",
+        having=False,
+        beside=("rl: dpo", "rl: ipo", "rl: kto"),
+        unless="merge_lora",
+    ),
+    HostKey("dpo_use_liger_kernel", _PAST_THE_MODEL, "", beside=("rl",), losses=True),
+    HostKey("trl.use_liger_loss", _PAST_THE_MODEL, "", beside=("rl",), losses=True),
+    *(
+        HostKey(name, _OWN_LOSS, attribute="loss_of_its_own")
+        for name in ("use_eaft", "use_dft", "kd_trainer", "diffusion")
+    ),
+    *(
+        HostKey(
+            name,
+            "its router learns which expert a prompt belongs to, with the experts' own heads or none",
+            "Train a `tt_lora` adapter for classification.",
+            attribute="loss_of_its_own",
+        )
+        for name in ("reward_model", "process_reward_model")
+    ),
+    *(
+        HostKey(
+            name,
+            "it gives every process a part of a sequence, and the adapters are computed and their figures taken on "
+            "whole ones",
+            values=_more_than_one,
+            shown="above 1",
+        )
+        for name in ("context_parallel_size", "sequence_parallel_degree")
+    ),
+    HostKey("tensor_parallel_size", _SHARDED, "Use FSDP2.", values=_more_than_one, shown="above 1"),
+    HostKey(
+        "expert_parallel_size",
+        "it gives every process some of the base's experts, and gathers of an adapter only LoRA's parameters",
+        "Use FSDP2.",
+        values=_more_than_one,
+        shown="above 1",
+    ),
+)
+
+
+def check_host_keys(data: Mapping[str, Any], own_keys: Mapping[str, Any]) -> None:
+    """Check a YAML's keys beside the adapter's block, as far as they do not depend on it.
 
     Args:
         data: the YAML, whose `adapter` is one of this package.
         own_keys: the keys of that adapter's block.
 
-    Returns:
-        The YAML as the host should go on with it.
-
     Raises:
         ValueError: a key means nothing with the adapter, or does not work with it.
     """
-    adapter = data["adapter"]
-    for key, candidates in _REPLACED.items():
-        if data.get(key):
-            own = next((candidate for candidate in candidates if candidate in own_keys), None)
-            instead = f"write `{own}` in the `{adapter}:` block" if own else "remove it"
-            raise ValueError(f"`{key}` means nothing with `adapter: {adapter}`; {instead}.")
-    for key in _MEANINGLESS:
-        if data.get(key):
-            raise ValueError(f"`{key}` means nothing with `adapter: {adapter}`; remove it.")
-    for name, reason in _UNFIT_OPTIMIZERS.items():
-        if str(data.get("optimizer")).startswith(name):
-            raise ValueError(
-                f"`optimizer: {data['optimizer']}` does not work with `adapter: {adapter}`: {reason}. Use one "
-                "like adamw_torch, adafactor or schedule_free_adamw."
-            )
-    for key in _QUANTISED_OTHERWISE:
-        if data.get(key):
-            raise ValueError(
-                f"`{key}` does not work with `adapter: {adapter}`: it is for Axolotl's own lora and qlora, or not "
-                "tested here. Remove the key; load the base in bf16 or with `load_in_4bit: true`."
-            )
-    for key in filter(data.get, BITS_AND_BYTES):
-        for sharding in filter(data.get, ("fsdp", "fsdp_config", "deepspeed")):
-            raise ValueError(
-                f"`{key}` does not work with `adapter: {adapter}` and `{sharding}`: Axolotl shards a quantised "
-                "base for its own qlora only. Remove one of the two."
-            )
-    if all(map(data.get, BITS_AND_BYTES)):
-        raise ValueError("`load_in_4bit` and `load_in_8bit` are both given; remove one.")
-    if adapter == "tt_lora_moe" and data.get("pretraining_dataset"):
-        raise ValueError("`pretraining_dataset` has no `expert:` for the router to learn; use `datasets`.")
-    if adapter == "tt_lora_moe" and data.get("deepspeed"):
-        raise ValueError(
-            "`deepspeed` does not work with `adapter: tt_lora_moe`: what is frozen, its experts too, is left out "
-            "of DeepSpeed's checkpoints and, with ZeRO-3, of the saved adapter. Remove the key, or shard the base "
-            "with `fsdp_version: 2` and `fsdp_config`."
-        )
-    if data.get("rl") and adapter in _SUPERVISED_ONLY:
-        raise ValueError(f"`rl: {data['rl']}` does not work with `adapter: {adapter}`: {_SUPERVISED_ONLY[adapter]}.")
-    if data.get("rl") in _BUILT_BY_THE_TRAINER and data.get("lora_model_dir") and not data.get("merge_lora"):
-        raise ValueError(
-            f"`lora_model_dir` with `rl: {data['rl']}`: Axolotl builds the adapter anew from its configuration "
-            "there and would ignore the saved one. Remove `lora_model_dir`."
-        )
-    if data.get("merge_lora") and adapter in _UNMERGEABLE:
-        raise ValueError(
-            f"`axolotl merge-lora` cannot merge an adapter of type {adapter}: {_UNMERGEABLE[adapter]}. Nothing "
-            "was written. Keep the adapter beside the base: `axolotl inference --lora-model-dir ...`, PEFT's "
-            "from_pretrained."
-        )
-    if data.get("merge_lora"):
-        if data.get("merge_method") == "memory_efficient":
-            raise ValueError(
-                f"`merge_method: memory_efficient` reads LoRA's own tensors only and cannot merge an adapter of "
-                f"type {adapter}. Remove the key; the model is then merged in memory."
-            )
-        data = {**data, "merge_method": "legacy"}
-    # not a field of the host's: gone after validation
-    if data.get("inference") and not data.get("lora_model_dir"):
-        raise ValueError(
-            f"`adapter: {adapter}` without `lora_model_dir` would run inference with an untrained adapter. Give "
-            "the trained one's folder: --lora-model-dir ./outputs/..."
-        )
+    for key in _given(data):
+        if not key.losses and key.concerns(data["adapter"]):
+            raise ValueError(_message(key, data, own_keys))
+
+
+def check_keys_beside_router_losses(args: Any, config: PeftConfig) -> None:
+    """Check the keys that depend on the adapter's router losses.
+
+    Args:
+        args: the validated YAML.
+        config: the adapter's block as its PEFT config.
+
+    Raises:
+        ValueError: a key does not work while the block's router losses act.
+    """
+    losses = [f"{args.adapter}.{name}: 0.0" for name in config.router_losses]
+    for key in _given(args):
+        if key.losses and losses and key.concerns(args.adapter):
+            raise ValueError(f"{_message(key, args, {})} Remove the key, or set {' and '.join(losses)}.")
+
+
+def _given(data: Any) -> Iterator[HostKey]:
+    """The rows of the table whose key is in the YAML, with a refused value and a key that must stand beside it."""
+    for key in HOST_KEYS:
+        value = _value(data, key.name)
+        beside = not key.beside or any(_stands(data, entry) for entry in key.beside)
+        if value is not None and key.values(value) and beside and not (key.unless and _stands(data, key.unless)):
+            yield key
+
+
+def _value(data: Any, name: str) -> Any:
+    for part in name.split("."):
+        data = data.get(part) if isinstance(data, Mapping) else getattr(data, part, None)
     return data
+
+
+def _stands(data: Any, entry: str) -> bool:
+    name, _, wanted = entry.partition(": ")
+    value = _value(data, name)
+    return str(getattr(value, "value", value)) == wanted if wanted else bool(value)
+
+
+def _message(key: HostKey, data: Any, own_keys: Mapping[str, Any]) -> str:
+    adapter, value = _value(data, "adapter"), _value(data, key.name)
+    given = f"`{key.name}: {getattr(value, 'value', value)}`" if key.shown or key.name == "rl" else f"`{key.name}`"
+    own = next((candidate for candidate in key.own if candidate in own_keys), None)
+    if key.own:
+        instead = f"write `{own}` in the `{adapter}:` block" if own else "remove it"
+        return f"{given} means nothing with `adapter: {adapter}`; {instead}."
+    if key.reason == _LORA:
+        return f"{given} means nothing with `adapter: {adapter}`; remove it."
+    beside = "".join(f" and `{entry}`" for entry in key.beside if _stands(data, entry))
+    return f"{given} does not work with `adapter: {adapter}`{beside}: {key.reason_for(adapter)}. {key.instead}".strip()

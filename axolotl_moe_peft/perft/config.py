@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from peft.utils import PeftType
 from transformers.activations import ACT2FN
@@ -92,6 +92,28 @@ class PerftConfig(ModulesToSaveConfig):
     layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "Indices of the decoder layers whose MoE block is adapted. null: all."}
     )
+
+    training_fields: ClassVar[tuple[str, ...]] = (
+        "dropout",
+        "init",
+        "router_aux_loss_coef",
+        "router_z_loss_coef",
+        "base_router_aux_loss_coef",
+    )
+    unmergeable: ClassVar[str] = (
+        "it runs in parallel with the MoE block, partly chosen per token, and no weight of the base model computes "
+        "that"
+    )
+
+    @property
+    def idle_fields(self) -> dict[str, tuple[str, Any]]:
+        needs = {
+            "alpha": ("expert_type", "lora"),
+            "hidden_act": ("expert_type", "parallel_adapter"),
+            "router_aux_loss_coef": ("variant", "routed"),
+            "router_z_loss_coef": ("variant", "routed"),
+        }
+        return {name: need for name, need in needs.items() if getattr(self, need[0]) != need[1]}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -119,13 +119,6 @@ class PerftModel(Tuner):
         # BaseTuner's version copies `weight`, which an MoE block does not have
         setattr(parent, child_name, new_module)
 
-    def _check_merge_allowed(self) -> None:
-        raise ValueError(
-            "PERFT adapters cannot be merged: they run in parallel with the MoE block, partly chosen per token, and "
-            "no weight of the base model computes that. Keep the adapter beside the base model "
-            "(PeftModel.from_pretrained(base, folder)); `unload()` gives the base model back."
-        )
-
     def unload(self) -> nn.Module:
         """Return the base model without any adapter or hook of ours."""
         self.auxiliary.detach()

@@ -54,8 +54,24 @@ class PTMoeConfig(ModulesToSaveConfig):
         default=0.0, metadata={"help": "Load-balancing loss of the router, over sequences."}
     )
 
+    training_fields: ClassVar[tuple[str, ...]] = ("router_noise_std", "router_aux_loss_coef", "init_text")
+    unmergeable: ClassVar[str] = (
+        "it is a prompt before the text, chosen per sequence, and no weight of the base model computes that"
+    )
+    needs_labels: ClassVar[str] = (
+        "its prompt is chosen by the part of a row before the labels, and these trainers call the model without labels"
+    )
+
     # PEFT asks every config; the prompt has one place to go
     target_modules: ClassVar[None] = None
+
+    @property
+    def reads_prompts(self) -> bool:
+        return self.router_input == "prompt" and self.num_experts > 1  # a single prompt is not chosen
+
+    @property
+    def positions_before_text(self) -> int:
+        return self.num_virtual_tokens
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -175,13 +175,6 @@ class PTMoeModel(Tuner):
     def _layer(self) -> PTMoeLayer | None:
         return getattr(self.model.base_model, _LAYER_NAME, None)
 
-    def _check_merge_allowed(self) -> None:
-        raise ValueError(
-            "PT-MoE adapters cannot be merged: they are a prompt before the text, chosen per sequence, and no weight "
-            "of the base model computes that. Keep the adapter beside the base model "
-            "(PeftModel.from_pretrained(base, folder)); `unload()` gives the base model back."
-        )
-
     def unload(self) -> nn.Module:
         """Return the base model without any adapter or hook of ours."""
         self.auxiliary.detach()

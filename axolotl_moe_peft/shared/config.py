@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from peft import PeftConfig
 from safetensors import safe_open
 
+from .method import Method
+
 
 @dataclass
-class AdapterConfig(PeftConfig):
+class AdapterConfig(Method, PeftConfig):
     """A PeftConfig whose adapter is saved whole or not at all."""
 
     def __post_init__(self) -> None:
@@ -50,6 +52,8 @@ class ModulesToSaveConfig(AdapterConfig):
 
     The fields are PEFT's own, with the names and the meaning that they have for LoRA; they are no keys of a block.
     """
+
+    trains_modules_of_the_base: ClassVar[bool] = True
 
     modules_to_save: list[str] | None = field(
         default=None,

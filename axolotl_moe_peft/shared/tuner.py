@@ -140,6 +140,19 @@ class Tuner(BaseTuner):
             )
         yield
 
+    def add_what_is_new(self, config: PeftConfig) -> None:
+        """Add to a loaded adapter what a config that continues it has beside it; see `Method.added_to`."""
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        for config in self.peft_config.values():
+            if config.unmergeable:
+                raise ValueError(
+                    f"An adapter of type {config.peft_type.value} cannot be merged: {config.unmergeable}. Keep the "
+                    "adapter beside the base model (PeftModel.from_pretrained(base, folder)); `unload()` gives the "
+                    "base model back."
+                )
+
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Tensor],

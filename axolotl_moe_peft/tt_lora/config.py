@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from peft.utils import PeftType
 
@@ -54,6 +54,8 @@ class TTLoraConfig(ModulesToSaveConfig):
             "slightly from the base; zero: the last core 0, step 0 equals the base exactly."
         },
     )
+
+    training_fields: ClassVar[tuple[str, ...]] = ("dropout", "init")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from peft.utils import PeftType
 
@@ -51,6 +52,41 @@ class TTLoraMoeConfig(AdapterConfig):
             "at inference; or the whole sequence."
         },
     )
+
+    # a saved pool has its experts in it; those that a run has beside them are added
+    training_fields: ClassVar[tuple[str, ...]] = ("router_noise", "experts")
+    unmergeable: ClassVar[str] = (
+        "which expert acts is chosen for each sequence, and no weight of the base model computes that; merge a single "
+        "expert's own tt_lora adapter instead"
+    )
+    needs_labels: ClassVar[str] = (
+        "its router is trained on the prompts of labelled rows, and these trainers call the model without labels"
+    )
+    needs_expert_labels: ClassVar[bool] = True
+    frozen_parts: ClassVar[str] = "its experts"
+    loss_of_its_own: ClassVar[str] = "its router's cross-entropy"
+
+    @property
+    def reads_prompts(self) -> bool:
+        return self.router_input == "prompt"
+
+    def check_parts(self, base_model: str | None, saved: TTLoraMoeConfig | None) -> None:
+        from .experts import read_expert
+
+        for expert in self.experts[len(saved.experts) if saved else 0 :]:
+            read_expert(expert, base_model)
+
+    def added_to(self, saved: TTLoraMoeConfig) -> list[str]:
+        return self.expert_names[len(saved.experts) :]
+
+    def continuing(self, saved: TTLoraMoeConfig) -> TTLoraMoeConfig:
+        if self.expert_names[: len(saved.experts)] != saved.expert_names:
+            raise ValueError(
+                f"tt_lora_moe.experts: the saved pool has the experts {', '.join(saved.expert_names)}, the block "
+                f"{', '.join(self.expert_names)}. List those of the pool first, in its order (their paths may be "
+                "gone), and new ones behind them."
+            )
+        return dataclasses.replace(self, experts=saved.experts)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -131,6 +131,10 @@ class TTLoraMoeModel(Tuner):
         self._router.add_expert(adapter_name)
         config.experts = [*config.experts, expert.entry]
 
+    def add_what_is_new(self, config: TTLoraMoeConfig) -> None:
+        for expert in config.experts[len(self.peft_config["default"].experts) :]:
+            self.add_expert(expert["name"], expert["path"])
+
     def train(self, mode: bool = True) -> TTLoraMoeModel:
         super().train(mode)
         self.model.eval()  # frozen features: no dropout, and nothing to checkpoint
@@ -201,13 +205,6 @@ class TTLoraMoeModel(Tuner):
         own = {id(p) for p in router}
         other = [p for p in self.model.parameters() if p.requires_grad and id(p) not in own]
         return [parameter_row("router", router), parameter_row("other", other)]
-
-    def _check_merge_allowed(self) -> None:
-        raise ValueError(
-            "A TT-LoRA MoE cannot be merged: which expert acts is chosen for each sequence, and no weight of the base "
-            "model computes that. Keep the adapter beside the base (PeftModel.from_pretrained(base, folder)), or "
-            "merge a single expert's own tt_lora adapter; `unload()` gives the base model back."
-        )
 
     def unload(self) -> nn.Module:
         """Return the base model without any adapter, router or hook of ours."""

@@ -206,7 +206,7 @@ def test_a_bare_decoder_can_have_a_prompt():
 
 @pytest.mark.parametrize("method", ["merge_and_unload", "merge_adapter"])
 def test_merging_is_refused_with_the_reason(method):
-    with pytest.raises(ValueError, match="cannot be merged: they are a prompt before the text"):
+    with pytest.raises(ValueError, match="cannot be merged: it is a prompt before the text"):
         getattr(pt_moe(), method)()
 
 

@@ -1,0 +1,78 @@
+"""The base model of a validated YAML before it is loaded: whether the adapter fits it, and how it is quantised."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from typing import Any
+
+import torch
+from axolotl.loaders.utils import load_model_config
+from axolotl.utils.dict import DictDefault
+from peft import PeftConfig, get_peft_model
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig
+
+from .attach import peft_config
+from .saved import CONTINUED, continued
+
+
+def check_base_model(cfg: DictDefault) -> None:
+    """Attach the adapter to the base's architecture without weights, for the errors that this raises.
+
+    Raises:
+        ValueError: the adapter does not fit the base model.
+    """
+    architecture, config = load_model_config(cfg), peft_config(cfg)
+    _check_room_before_the_text(cfg, architecture, config)
+    if type(architecture) not in MODEL_FOR_CAUSAL_LM_MAPPING or cfg.reward_model or cfg.process_reward_model:
+        return  # remote code, a multimodal model or a classifier: the check waits until it is loaded
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(architecture)
+    # what there is to warn of is said once, when the adapter is attached; and where the base's own code needs values
+    # (JetMoe's router counts tokens in Python) the check waits until then, too
+    with warnings.catch_warnings(), contextlib.suppress(NotImplementedError):
+        warnings.simplefilter("ignore")
+        if cfg.lora_model_dir:
+            model = get_peft_model(model, continued(config, CONTINUED, cfg.lora_model_dir))
+            model.base_model.add_what_is_new(config)
+        else:
+            get_peft_model(model, config)
+
+
+def _check_room_before_the_text(cfg: DictDefault, architecture: PretrainedConfig, config: PeftConfig) -> None:
+    if not config.positions_before_text:
+        return
+    if architecture.is_encoder_decoder:
+        raise ValueError(
+            f"base_model: {cfg.base_model!r} ({type(architecture).__name__}) is an encoder-decoder; `adapter: "
+            f"{cfg.adapter}` puts its prompt before the text of a decoder. Use a decoder-only model."
+        )
+    most = getattr(architecture.get_text_config(), "max_position_embeddings", None)
+    if most is not None and cfg.sequence_len + config.positions_before_text > most:
+        raise ValueError(
+            f"sequence_len: {cfg.sequence_len} and the prompt of {config.positions_before_text} tokens before each "
+            f"sequence ({cfg.adapter}.num_virtual_tokens) are more than the {most} positions of the base model. Use "
+            f"`sequence_len: {most - config.positions_before_text}` at most."
+        )
+
+
+def quantise(cfg: DictDefault) -> None:
+    """Let `load_in_4bit` or `load_in_8bit` mean what they do with `adapter: qlora` and `adapter: lora`."""
+    if cfg.load_in_4bit or cfg.load_in_8bit:
+        # Axolotl's loader, which quantises for its own adapters only, already holds this dict
+        cfg.overrides_of_model_kwargs["quantization_config"].update(_quantization(cfg))
+
+
+def _quantization(cfg: DictDefault) -> dict[str, Any]:
+    settings: dict[str, Any] = {"load_in_8bit": True}
+    if cfg.load_in_4bit:
+        settings = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": cfg.torch_dtype,
+            **(cfg.bnb_config_kwargs or {}),
+        }
+    # these families' code reads the weights of some linear layers
+    skipped = {"jamba": ["mamba"], "falcon_h1": ["out_proj"]}.get(cfg.model_config_type)
+    return settings | ({"llm_int8_skip_modules": skipped} if skipped else {})

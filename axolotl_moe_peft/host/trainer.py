@@ -1,0 +1,57 @@
+"""What the host's trainer is told about an adapter of this package, once both are there."""
+
+from __future__ import annotations
+
+from axolotl.utils.dict import DictDefault
+from peft import PeftModel
+from transformers import Trainer, TrainerCallback
+
+from .args import CONFIGS
+from .callback import AdapterCallback
+from .dataset_experts import COLUMN, ExpertLabelCollator
+from .fsdp2 import Fsdp2Checkpoints
+
+
+def prepare_trainer(cfg: DictDefault, trainer: Trainer) -> list[TrainerCallback]:
+    """Prepare the trainer for the YAML's adapter.
+
+    Returns:
+        The callbacks to add to it.
+
+    Raises:
+        ValueError: nothing of the adapter would be trained.
+    """
+    _check_trainable(trainer.model)
+    if CONFIGS[cfg.adapter].needs_expert_labels:
+        _collate_expert_labels(trainer)
+    if cfg.rl and "ref" in trainer.model.peft_config:
+        _copy_into_reference(trainer.model)
+    callbacks: list[TrainerCallback] = [AdapterCallback(cfg, trainer)]
+    if trainer.accelerator.is_fsdp2:
+        callbacks.append(Fsdp2Checkpoints(cfg, trainer))
+    return callbacks
+
+
+def _check_trainable(model: PeftModel) -> None:
+    of_adapter = {name: p for name, p in model.named_parameters() if model.base_model.prefix in name}
+    if not any(p.requires_grad for p in of_adapter.values()):
+        raise ValueError(
+            f"none of the adapter's {len(of_adapter)} parameters would be trained: a key or another plugin has frozen "
+            "them after it was attached. Remove what freezes parameters."
+        )
+
+
+def _collate_expert_labels(trainer: Trainer) -> None:
+    padding_side = trainer.processing_class.padding_side
+    trainer.data_collator = ExpertLabelCollator(trainer.data_collator, padding_side)
+    trainer.eval_data_collator = ExpertLabelCollator(trainer.eval_data_collator, padding_side)
+    # else the host drops the column of rows that it does not pack
+    trainer._set_signature_columns_if_needed()
+    trainer._signature_columns.append(COLUMN)
+
+
+def _copy_into_reference(model: PeftModel) -> None:
+    """Make TRL's frozen reference a copy of the adapter; TRL copies only parameters of modules named after it."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(".default"):
+            model.get_parameter(f"{name.removesuffix('default')}ref").data.copy_(parameter.data)
