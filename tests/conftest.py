@@ -22,6 +22,8 @@ collect_ignore = [] if find_spec("axolotl") else ["cli", "host", "recipes"]
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--matrix", type=Path, help="write what this run has of the matrix of tests/README.md to a file")
 
+    parser.addoption("--fuzz", type=int, help="how many random YAMLs are run through Axolotl (300 is the full form)")
+
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.matrix:

@@ -28,13 +28,22 @@ class Fsdp2Checkpoints(TrainerCallback):
 
     def __init__(self, cfg: DictDefault, trainer: Trainer) -> None:
         self.trainer = trainer
-        fsdp = trainer.accelerator.state.fsdp_plugin
         if not _gathers_adapters(trainer.model):
-            fsdp.state_dict_config = fsdp.optim_state_dict_config = None  # those of the other type
-            fsdp.set_state_dict_type("SHARDED_STATE_DICT")
+            self._set_state_dict_type("SHARDED_STATE_DICT")
             LOG.info("checkpoints have the adapter twice: whole, and for resuming as a SHARDED_STATE_DICT")
         # of a SHARDED_STATE_DICT the host would make the final adapter from a checkpoint, rounded to bf16
-        cfg.fsdp_config.final_state_dict_type = "FULL_STATE_DICT"
+        if cfg.fsdp_config:  # else accelerate's own configuration asks for FSDP
+            cfg.fsdp_config.final_state_dict_type = "FULL_STATE_DICT"
+
+    def _set_state_dict_type(self, kind: str) -> None:
+        fsdp = self.trainer.accelerator.state.fsdp_plugin
+        fsdp.state_dict_config = fsdp.optim_state_dict_config = None  # those of the other type
+        fsdp.set_state_dict_type(kind)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._set_state_dict_type("FULL_STATE_DICT")  # the last checkpoint is written; what follows is the adapter
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         accelerator = self.trainer.accelerator

@@ -10,7 +10,8 @@ from axolotl.integrations.base import PluginManager
 from axolotl.utils.dict import DictDefault
 from peft import PeftConfig
 
-from axolotl_moe_peft import PerftConfig, TTLoraConfig
+from axolotl_moe_peft import PerftConfig, PTMoeConfig, TTLoraConfig
+from axolotl_moe_peft.host.args import BLOCKS
 
 PLUGIN = "axolotl_moe_peft.MoePeftPlugin"
 DEFAULTS = {
@@ -337,6 +338,61 @@ def test_lora_model_dir_may_differ_in_what_shapes_training(load: Load, tmp_path:
     (tmp_path / "adapter" / "adapter_model.safetensors").touch()
     cfg = load(lora_model_dir=str(tmp_path / "adapter"), perft={"dropout": 0.1, "base_router_aux_loss_coef": 0.01})
     assert cfg.perft.dropout == 0.1
+
+
+@pytest.mark.parametrize("auto", [False, True], ids=["resume_from_checkpoint", "auto_resume_from_checkpoints"])
+@pytest.mark.parametrize(
+    ("config", "block"),
+    [
+        (PerftConfig(alpha=16), {}),
+        (PerftConfig(num_experts_per_tok=1), {}),
+        (PerftConfig(gate_weights="base"), {}),
+        (PTMoeConfig(num_experts=3, top_k=2), {"num_experts": 3}),
+        (PTMoeConfig(router_input="sequence"), {}),
+        (TTLoraConfig(rank=8), {}),
+    ],
+    ids=["alpha", "num_experts_per_tok", "gate_weights", "top_k", "router_input", "rank"],
+)
+def test_a_run_resumes_only_the_adapter_that_it_was(
+    config: PeftConfig, block: dict[str, Any], auto: bool, load: Load, tmp_path: Path
+) -> None:
+    folder = tmp_path / "out" / "checkpoint-3"
+    config.save_pretrained(folder)
+    (folder / "adapter_model.safetensors").touch()
+    adapter = config.peft_type.value.lower()
+    given = {"auto_resume_from_checkpoints": True} if auto else {"resume_from_checkpoint": str(folder)}
+    before = (folder / "adapter_config.json").read_text()
+    with pytest.raises(ValueError, match=rf"{next(iter(given))}\).* was made with"):
+        load(**keys_of(adapter, block), **given)
+    assert (folder / "adapter_config.json").read_text() == before
+    made_with = {key: getattr(config, key) for key in BLOCKS[adapter].model_fields if key not in config.idle_fields}
+    assert load(**keys_of(adapter, made_with), **given)
+
+
+def test_a_checkpoint_to_resume_from_must_be_there(load: Load) -> None:
+    with pytest.raises(ValueError, match="resume_from_checkpoint: there is no folder 'outputs/typo'"):
+        load(resume_from_checkpoint="outputs/typo")
+    assert load(auto_resume_from_checkpoints=True)  # the first run has none
+
+
+@pytest.mark.parametrize("adapter", ["perft", "tt_lora"])
+def test_target_modules_that_are_no_regular_expression_are_refused_by_name(adapter: str, load: Load) -> None:
+    with pytest.raises(ValueError, match=rf"{adapter}.target_modules: '\(q_proj' is no regular expression"):
+        load(**keys_of(adapter, {"target_modules": "(q_proj"}))
+
+
+@pytest.mark.parametrize("adapter", ["perft", "tt_lora", "pt_moe"])
+def test_what_peft_trains_beside_the_adapter_reaches_its_config(adapter: str, load: Load) -> None:
+    cfg = load(**keys_of(adapter, {}), lora_modules_to_save=["lm_head"], peft_trainable_token_indices=[3])
+    config = adapter_config(cfg)
+    assert list(config.modules_to_save) == ["lm_head"] and list(config.trainable_token_indices) == [3]
+
+
+def test_datasets_of_other_adapters_may_have_keys_of_ours(load: Load) -> None:
+    datasets = [{"path": "rows.jsonl", "type": "chat_template", "expert": "theirs"}]
+    assert load(adapter="lora", perft=None, lora_r=8, lora_alpha=8, lora_target_linear=True, datasets=datasets)
+    with pytest.raises(ValueError, match=r"datasets\[0\].expert means nothing with `adapter: perft`"):
+        load(datasets=datasets)
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)

@@ -1,7 +1,13 @@
 """How Axolotl loads the plugin: once, and without a trace in runs that do not use it."""
 
-import pytest
+from collections.abc import Callable
 
+import pytest
+from axolotl.integrations import base
+from axolotl.utils.dict import DictDefault
+
+import axolotl_moe_peft
+from axolotl_moe_peft.registration import METHODS
 from tests.fresh_interpreter import PRETEND, THEIR_PERFT, run_python
 
 # `run_of_axolotl(adapter)`: what a run does with the plugin before it validates the YAML
@@ -113,3 +119,35 @@ messages = [str(w.message) for w in caught if "axolotl_moe_peft" in str(w.messag
 assert len(messages) == 1 and "axolotl 0.22.0 is newer" in messages[0], messages
 """
     )
+
+
+def test_the_installed_entry_point_is_the_plugin_of_a_plugins_line() -> None:
+    from importlib.metadata import entry_points
+
+    points = [point for point in entry_points(group="axolotl.plugins") if "axolotl_moe_peft" in point.value]
+    assert [point.value.replace(":", ".") for point in points] == ["axolotl_moe_peft.MoePeftPlugin"]
+    assert points[0].load() is axolotl_moe_peft.MoePeftPlugin
+
+
+@pytest.mark.skipif(not hasattr(base, "get_builtin_plugins"), reason="this Axolotl loads no installed plugins")
+@pytest.mark.parametrize("plugins", [None, ["axolotl_moe_peft.MoePeftPlugin"]], ids=["no line", "a line"])
+def test_where_axolotl_loads_installed_plugins_the_adapter_alone_does_it(
+    plugins: list[str] | None, load: Callable[..., DictDefault]
+) -> None:
+    assert load(plugins=plugins).adapter == "perft"
+    ours = [name for name in base.PluginManager.get_instance().plugins if "axolotl_moe_peft" in name]
+    assert ours == ["axolotl_moe_peft.MoePeftPlugin"]
+
+
+def test_a_run_without_our_adapters_imports_nothing_for_them_and_keeps_every_default(
+    load: Callable[..., DictDefault],
+) -> None:
+    keys = {"adapter": "lora", "perft": None, "lora_r": 8, "lora_alpha": 8, "lora_target_linear": True}
+    with_us = load(**keys).to_dict()
+    plugin = base.PluginManager.get_instance().plugins["axolotl_moe_peft.MoePeftPlugin"]
+    own = {name for name, hook in vars(base.BasePlugin).items() if callable(hook)} & set(vars(type(plugin)))
+    assert own >= {"register", "load_datasets", "pre_model_load", "load_adapter", "add_callbacks_post_trainer"}
+    cfg = DictDefault(with_us)
+    assert plugin.register(cfg) is plugin.load_datasets(cfg) is plugin.pre_model_load(cfg) is None
+    assert plugin.load_adapter(None, cfg) is None and plugin.add_callbacks_post_trainer(cfg, None) == []
+    assert cfg.to_dict() == with_us and not set(with_us) & set(METHODS)
