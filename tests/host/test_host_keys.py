@@ -86,8 +86,8 @@ def test_axolotl_asks_the_table_before_anything_else(name: str, value: Any, adap
         load(**{"perft": None, "adapter": adapter, adapter: BLOCKS[adapter], name: value})
 
 
-def test_the_readmes_table_is_that_of_the_package() -> None:
-    assert limits.readme_table() == limits.table(), "write it anew: python -m tests.limits"
+def test_the_pages_table_is_that_of_the_package() -> None:
+    assert limits.page_table() == limits.table(), "write it anew: python -m tests.limits"
 
 
 def test_methods_and_what_they_share_do_not_know_the_host() -> None:
