@@ -32,6 +32,7 @@ from ..shared.generation import (
 )
 from ..shared.statistics import Figures, RouterStatistics
 from .config import TTLoraMoeConfig
+from .head import head_name
 from .layer import Choice, RunningChoices
 from .router import PromptRouter
 
@@ -111,6 +112,12 @@ class ExpertChooser:
         """The arguments of a call of the model that are not None, by name."""
         return {name: value for name, value in bind(self.model, args, kwargs).items() if value is not None}
 
+    def sequences(self, config: TTLoraMoeConfig, batch: dict[str, Any]) -> Sequences:
+        """The sequences of a batch and their prompts; of a classifier all is prompt, as no label is in its input."""
+        if head_name(self.model):
+            batch = {name: value for name, value in batch.items() if name != "labels"}
+        return find_sequences(batch, config.router_input)
+
     @torch.no_grad()
     def features(self, config: TTLoraMoeConfig, sequences: Sequences, batch: dict[str, Any]) -> Features:
         """What the router of this configuration reads of a batch; the base model runs without experts."""
@@ -168,7 +175,7 @@ class ExpertChooser:
 
     def _choose(self, adapter_name: str, batch: dict[str, Any], stream: Stream | None) -> Choice:
         config = self.configs[adapter_name]
-        sequences = only_input(find_sequences(batch, config.router_input), stream)
+        sequences = only_input(self.sequences(config, batch), stream)
         logits_NE = self.router(self.features(config, sequences, batch).for_logits_NH, adapter_name)
         expert_N = self.chosen_experts[adapter_name] = logits_NE.argmax(-1)
         if self.running.expert_labels is not None:

@@ -126,13 +126,15 @@ class TTLoraMoeConfig(AdapterConfig):
 
 
 def check_expert_entry(expert: Any) -> None:
-    """Check one entry of `experts`: {name, path}, in a saved pool with `POOLED_FIELDS`.
+    """Check one entry of `experts`: {name, path}, in a saved pool with `POOLED_FIELDS`, and `num_labels` of classifiers.
 
     Raises:
         ValueError: it is something else.
     """
     keys = set(expert) if isinstance(expert, dict) else set()
-    if keys not in ({"name", "path"}, {"name", "path", *POOLED_FIELDS}):
+    if keys - {"num_labels"} not in ({"name", "path"}, {"name", "path", *POOLED_FIELDS}) or (
+        "num_labels" in keys and "rank" not in keys
+    ):
         raise ValueError(
             f"tt_lora_moe.experts: {expert!r} is not allowed; an expert is {{name: ..., path: ...}}, its name and the "
             "folder or hub id of its tt_lora adapter."

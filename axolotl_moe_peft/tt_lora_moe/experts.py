@@ -19,6 +19,7 @@ from ..tt_lora.layer import core_shapes
 from ..tt_lora.model import factors_of
 from ..tt_lora.targets import target_layers
 from .config import POOLED_FIELDS
+from .head import head_name
 from .layer import ExpertShapes
 
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -32,11 +33,15 @@ class Expert:
         entry: its entry in a saved pool's `experts`.
         shapes: by name of the linear layer.
         cores: a vector by name of the linear layer; None of an expert that is in a pool already.
+        num_labels: classes of its head; None of an expert that is no classifier.
+        head: a vector, see TTLoraPoolHead; None without one, and of an expert that is in a pool already.
     """
 
     entry: dict[str, Any]
     shapes: dict[str, ExpertShapes]
     cores: dict[str, Tensor] | None
+    num_labels: int | None = None
+    head: Tensor | None = None
 
 
 def load_experts(entries: list[dict[str, Any]], model: nn.Module) -> list[Expert]:
@@ -76,10 +81,29 @@ def load_expert(entry: dict[str, Any], model: nn.Module) -> Expert:
                     found = tuple(tensors[key].shape) if key in tensors else "missing"
                     raise ValueError(f"{what} ({entry['path']}): {key} is {found}, this base model needs {shape}.")
             cores[name] = torch.cat([tensors.pop(key).flatten().float() for key in keys])
+    num_labels, head = entry.get("num_labels"), None
+    if tensors is not None and (name := head_name(model)):
+        head = _head_of(f"{what} ({entry['path']})", f"base_model.model.{name}", tensors, model.get_submodule(name))
+        num_labels = len(head)
     for key, tensor in (tensors or {}).items():
         _check_is_the_bases(f"{what} ({entry['path']})", key, tensor, model)
     pooled = {key: getattr(config, key) for key in POOLED_FIELDS}
-    return Expert({"name": entry["name"], "path": entry["path"], **pooled}, shapes, cores)
+    if num_labels is not None:
+        pooled["num_labels"] = num_labels
+    entry = {"name": entry["name"], "path": entry["path"], **pooled}
+    return Expert(entry, shapes, cores, num_labels, None if head is None else head.flatten())
+
+
+def _head_of(what: str, name: str, tensors: dict[str, Tensor], base_head: nn.Module) -> Tensor:
+    """The expert's classification head, (classes, inputs), or with its bias in a last column; taken out of tensors."""
+    weight, bias = tensors.pop(f"{name}.weight", None), tensors.pop(f"{name}.bias", None)
+    if weight is None or weight.shape[1] != base_head.in_features or (bias is None) != (base_head.bias is None):
+        found = "no head" if weight is None else f"a head {tuple(weight.shape)}"
+        raise ValueError(
+            f"{what} has {found} that fits this classifier's {name.rpartition('.')[2]}, which takes "
+            f"{base_head.in_features} features. Train it with task_type SEQ_CLS on this base."
+        )
+    return weight.float() if bias is None else torch.cat([weight, bias.unsqueeze(1)], 1).float()
 
 
 def _check_is_the_bases(what: str, key: str, tensor: Tensor, model: nn.Module) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..shared.auxiliary import share_of_accumulated_batch
-from ..shared.batches import IGNORE_INDEX, find_sequences
+from ..shared.batches import IGNORE_INDEX
 from ..shared.decoder import decoder_of
 from ..shared.statistics import RouterStatistics
 from ..shared.summary import ParameterRow, parameter_row
@@ -23,6 +23,7 @@ from ..shared.tuner import Tuner
 from .chooser import ExpertChooser, cross_entropies, labels_of_sequences, record
 from .config import TTLoraMoeConfig, check_expert_entry
 from .experts import Expert, check_same_modules, load_expert, load_experts
+from .head import TTLoraPoolHead, head_name
 from .layer import TTLoraPoolLinear
 from .router import PromptRouter
 
@@ -33,6 +34,10 @@ class TTLoraMoeModel(Tuner):
     In training mode a call needs `labels`, which tell the prompts, and `expert_labels`, the index of the right expert:
     (B,), or (B, S) where rows are packed, -100 for unknown. It returns the router's cross-entropy as the loss and no
     logits. Otherwise it returns what the base model returns, computed with the chosen experts.
+
+    On a model for sequence classification the experts are classifiers (tt_lora, SEQ_CLS), each with its head and its
+    number of classes. The router reads the whole input and chooses both; a class that an expert does not have gets the
+    logit `head.NO_CLASS`. Training needs `expert_labels` only.
 
     Args:
         model: a causal language model of transformers.
@@ -60,6 +65,8 @@ class TTLoraMoeModel(Tuner):
     def _attach(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
         self._experts = load_experts(config.experts, model)
+        if head_name(model):
+            _check_num_labels([expert.num_labels for expert in self._experts], model)
         config.experts = [expert.entry for expert in self._experts]
         first = not hasattr(model, "prompt_router")
         super()._attach(model, adapter_name, *args, **kwargs)
@@ -71,7 +78,7 @@ class TTLoraMoeModel(Tuner):
         return peft_config
 
     def _check_target_module_exists(self, peft_config: TTLoraMoeConfig, key: str) -> bool:
-        return key in self._experts[0].shapes
+        return key in self._experts[0].shapes or key == head_name(self.model)
 
     def _create_and_replace(
         self,
@@ -91,6 +98,9 @@ class TTLoraMoeModel(Tuner):
         if adapter_name not in self._router.ttmoe_weight:
             self._chooser.configs[adapter_name] = peft_config
             self._router.update_layer(adapter_name, peft_config, self.model.get_input_embeddings().weight.device)
+        if current_key == head_name(self.model):
+            self._add_heads(adapter_name, target, target_name, parent)
+            return
         layer = target
         if not isinstance(target, TTLoraPoolLinear):
             layer = TTLoraPoolLinear(target, self._chooser.choices)
@@ -100,6 +110,15 @@ class TTLoraMoeModel(Tuner):
             self._chooser.placeholders[adapter_name] = layer.ttmoe_cores
         cores = None if adapter_name in self._chooser.placeholders else torch.cat(cores)
         layer.update_layer(adapter_name, [expert.shapes[current_key] for expert in self._experts], cores)
+
+    def _add_heads(self, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module) -> None:
+        head = target
+        if not isinstance(target, TTLoraPoolHead):
+            head = TTLoraPoolHead(target, self._chooser.choices)
+            self._replace_module(parent, target_name, head, target)
+        heads = [expert.head for expert in self._experts]
+        loaded = None if any(part is None for part in heads) else torch.cat(heads)
+        head.update_layer(adapter_name, [expert.num_labels for expert in self._experts], loaded)
 
     def add_expert(self, name: str, path: str, adapter_name: str = "default") -> None:
         """Put one more trained expert into the pool.
@@ -126,6 +145,9 @@ class TTLoraMoeModel(Tuner):
         }
         pool = Expert(config.experts[0], {key: layer.experts[adapter_name][0] for key, layer in layers.items()}, None)
         check_same_modules(expert, pool)
+        if head := head_name(self.model):
+            _check_num_labels([*(e["num_labels"] for e in config.experts), expert.num_labels], self.model)
+            self.model.get_submodule(head).add_expert(adapter_name, expert.num_labels, expert.head)
         for key, layer in layers.items():
             layer.add_expert(adapter_name, expert.shapes[key], expert.cores[key])
         self._router.add_expert(adapter_name)
@@ -152,7 +174,7 @@ class TTLoraMoeModel(Tuner):
 
     def _router_step(self, batch: dict[str, Any], expert_labels: Tensor | None) -> CausalLMOutputWithPast:
         for key, tensor in (("labels", batch.get("labels")), ("expert_labels", expert_labels)):
-            if tensor is None:
+            if tensor is None and not (key == "labels" and head_name(self.model)):
                 raise ValueError(
                     f"tt_lora_moe trains its router on batches with `labels`, which tell where the prompts end, and "
                     f"`expert_labels`, the index of each row's expert; there are no `{key}`. In Axolotl give every "
@@ -161,7 +183,7 @@ class TTLoraMoeModel(Tuner):
         loss = 0.0
         for adapter_name in self.active_adapters:
             config = self.peft_config[adapter_name]
-            sequences = find_sequences(batch, config.router_input)
+            sequences = self._chooser.sequences(config, batch)
             features = self._chooser.features(config, sequences, batch)
             logits_NE = self._router(features.for_logits_NH, adapter_name)
             noisy_NE = logits_NE
@@ -212,3 +234,13 @@ class TTLoraMoeModel(Tuner):
         model = super().unload()
         del model.prompt_router
         return model
+
+
+def _check_num_labels(num_labels: list[int | None], model: nn.Module) -> None:
+    """Check that the logits of a classifier have room for every expert's classes, and no more."""
+    if None in num_labels or max(num_labels) != model.config.num_labels:
+        raise ValueError(
+            f"tt_lora_moe.experts: the experts classify into {', '.join(map(str, num_labels))} classes, but this "
+            f"{type(model).__name__} has num_labels={model.config.num_labels}. Load it with the largest of theirs: "
+            "from_pretrained(..., num_labels=...)."
+        )
