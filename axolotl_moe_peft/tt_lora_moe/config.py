@@ -126,7 +126,7 @@ class TTLoraMoeConfig(AdapterConfig):
 
 
 def check_expert_entry(expert: Any) -> None:
-    """Check one entry of `experts`: {name, path}, in a saved pool with `POOLED_FIELDS`, and `num_labels` of classifiers.
+    """Check one entry of `experts`: {name, path}; in a saved pool `POOLED_FIELDS`, and a classifier's `num_labels`.
 
     Raises:
         ValueError: it is something else.
