@@ -126,7 +126,7 @@ def _scatter(z_SR: Tensor, w_NRD: Tensor, slots: Dispatch, num_tokens: int) -> T
         # index_add_ adds in no fixed order there: sort back and sum over K, or recomputation may route differently
         y_SD = torch.empty(len(z_SR), width, dtype=z_SR.dtype, device=z_SR.device)
         y_SD[slots.order_S] = _grouped_mm(z_SR, w_NRD, slots.ends_N)
-        return y_SD.view(num_tokens, -1, width).sum(1)
+        return y_SD.view(num_tokens, -1, width).sum(1, dtype=y_SD.dtype)  # autocast makes sums float32
     y_TD = z_SR.new_zeros(num_tokens, width)
     for rows, experts, ends in _chunks(slots, y_TD):
         y_TD.index_add_(0, slots.token_S[rows], _grouped_mm(z_SR[rows], w_NRD[experts], ends))

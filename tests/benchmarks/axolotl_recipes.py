@@ -6,8 +6,11 @@ and the length of a row, as the tiny tokenizer has one token per character. Flas
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import json
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,12 +19,12 @@ import torch
 import yaml
 
 from tests.benchmarks.timing import argument_parser, report
-from tests.cli.cli_helpers import AxolotlPool, save_tokenizer
+from tests.cli.cli_helpers import run_command, run_on_gpu, save_tokenizer
 from tests.tiny_models import tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
-# experts before the router over them
-RECIPES = sorted((ROOT / "example_yamls/quickstart").glob("*.yaml"), key=lambda path: path.stem == "tt_lora_moe")
+RECIPES = sorted((ROOT / "example_yamls/quickstart").glob("*.yaml"))
+ROUTER = "tt_lora_moe"
 BASES = {"quickstart-output/model": "mixtral", "quickstart-output/dense": "llama"}
 LIGER = ("liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_fused_linear_cross_entropy")
 MOST_TOKENS = 2048
@@ -69,34 +72,44 @@ def losses(output_dir: Path) -> list[float]:
     return [line["loss"] for line in json.loads(state.read_text())["log_history"] if "loss" in line]
 
 
+def train(recipe: Path, bits: int, folder: Path, args: argparse.Namespace) -> tuple[str, int]:
+    """A row of the table, and the exit code."""
+    on_gpu = args.device == "cuda"
+    config = write_recipe(recipe, folder, on_gpu, bits or None, args.steps)
+    row = f"axolotl train {recipe.name}{f', {bits}-bit base' if bits else ''}: "
+    result = run_on_gpu("train", config) if on_gpu else run_command("axolotl", "train", str(config))
+    if result.code:
+        print(result.output)
+        return row + (result.error or result.output).strip()[-300:], result.code
+    found = losses(Path(yaml.safe_load(config.read_text())["output_dir"]))
+    few = max(1, len(found) // 10)
+    first, last = (sum(part) / few for part in (found[:few], found[-few:]))
+    row += f"loss {first:.3f} -> {last:.3f}, {len(found)} steps"
+    print(row, flush=True)
+    return row, 0
+
+
 def main() -> None:
     parser = argument_parser(__doc__, repeats=1)
     parser.add_argument("--steps", type=int, help="instead of the recipe's")
     parser.add_argument("--recipes", nargs="+", default=[recipe.stem for recipe in RECIPES])
     parser.add_argument("--bits", type=int, nargs="*", default=[0, 4], help="of the base; 0 is as it is")
+    parser.add_argument("--processes", type=int, default=1, help="that train at a time")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    rows, failed = [], False
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_bases(folder)
-        axolotl = AxolotlPool(folder, **({"CUDA_VISIBLE_DEVICES": "0"} if args.device == "cuda" else {}))
-        for recipe in (recipe for recipe in RECIPES if recipe.stem in args.recipes):
-            for bits in args.bits:
-                label = f"axolotl train {recipe.name}{f', {bits}-bit base' if bits else ''}: loss"
-                config = write_recipe(recipe, folder, args.device == "cuda", bits or None, args.steps)
-                result = axolotl("train", config, timeout=120)
-                if result.code:
-                    failed = True
-                    rows.append([f"{label[:-6]}: {(result.error or result.output).strip()[-300:]}", "", "", ""])
-                    print(result.output)
-                    continue
-                found = losses(Path(yaml.safe_load(config.read_text())["output_dir"]))
-                few = max(1, len(found) // 10)
-                first, last = (sum(part) / few for part in (found[:few], found[-few:]))
-                rows.append([f"{label} {first:.3f} -> {last:.3f}, {len(found)} steps", "", "", ""])
-                print(rows[-1][0], flush=True)
-        axolotl.close()
+        rows, failed = [], False
+        chosen = [recipe for recipe in RECIPES if recipe.stem in args.recipes]
+        # the router's recipe comes after those of its experts
+        for recipes in ([r for r in chosen if r.stem != ROUTER], [r for r in chosen if r.stem == ROUTER]):
+            with ThreadPoolExecutor(args.processes) as pool:
+                for row, code in pool.map(
+                    lambda run: train(*run, folder, args), itertools.product(recipes, args.bits)
+                ):
+                    rows.append([row, "", "", ""])
+                    failed |= code != 0
     report(args, rows)
     if failed:
         raise SystemExit(1)

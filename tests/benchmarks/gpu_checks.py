@@ -124,7 +124,7 @@ CHECKS = [
         "axolotl train",
         "axolotl",
         "tests.benchmarks.axolotl_recipes",
-        (),
+        ("--processes", "8"),
         ("--recipes", "perft", "--steps", "2", "--bits", "0", "--threads", "1"),
         200,
     ),

@@ -29,6 +29,7 @@ _TIMEOUT = 600  # s, for one command
 _CPU_ONLY = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
 CPU_PROCESSES = {"ACCELERATE_USE_CPU": "true"}  # of several, see cpu_processes.py
 ROOT = Path(__file__).parents[2]
+_PYTHONPATH = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 @dataclass
@@ -63,6 +64,13 @@ def run_command(*command: str, **environment: str) -> Result:
         timeout=_TIMEOUT,
     )
     return Result(done.returncode, done.stdout)
+
+
+def run_on_gpu(command: str, config: Path | str, *options: str) -> Result:
+    """Run `axolotl ...` on the first GPU, with all its imports: a process that was forked cannot use CUDA."""
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
+    axolotl = (sys.executable, "-m", "axolotl.cli.main", command, "--launcher", "python")
+    return run_command(*axolotl, str(config), *options, CUDA_VISIBLE_DEVICES=devices[0], PYTHONPATH=_PYTHONPATH)
 
 
 class AxolotlPool:

@@ -6,15 +6,14 @@ which is installed apart.
 
 import functools
 import importlib.util
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from tests.cli.adapters import ADAPTERS
-from tests.cli.cli_helpers import AxolotlPool
+from tests.cli.cli_helpers import Result, run_on_gpu
 
 pytestmark = pytest.mark.gpu
 
@@ -41,11 +40,8 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
 
 
 @pytest.fixture(scope="module")
-def axolotl(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AxolotlPool]:
-    devices = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
-    pool = AxolotlPool(tmp_path_factory.mktemp("pool"), CUDA_VISIBLE_DEVICES=devices[0])
-    yield pool
-    pool.close()
+def axolotl() -> Callable[..., Result]:
+    return run_on_gpu
 
 
 @pytest.fixture(scope="module")

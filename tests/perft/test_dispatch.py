@@ -71,6 +71,22 @@ def test_equals_a_loop_over_tokens_on_a_gpu(dtype, tolerance, shape):
     compare("cuda", dtype, shape, tolerance)  # float32 products may run in tf32
 
 
+@pytest.mark.gpu
+def test_autocast_on_a_gpu_keeps_the_dtype_of_the_operands():
+    num_tokens, num_experts, k, width, rank = SHAPES[0]
+    x, down, up = tensors(
+        (num_tokens, width), (num_experts, rank, width), (num_experts, width, rank), dtype=torch.bfloat16
+    )
+    x, down, up = (tensor.detach().cuda().requires_grad_() for tensor in (x, down, up))
+    weights = torch.ones(num_tokens, k, dtype=torch.bfloat16, device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        out = ours(x, down, up, choices(num_tokens, num_experts, k).cuda(), weights)
+        loss = out.float().square().mean()
+    assert out.dtype == torch.bfloat16
+    loss.backward()
+    assert all(tensor.grad.isfinite().all() for tensor in (x, down, up))
+
+
 @pytest.mark.parametrize("rows_per_chunk", [1, 2, 3, 5, 19])
 def test_chunks_of_any_size_give_the_same(monkeypatch, rows_per_chunk):
     monkeypatch.setattr(module, "_CPU_CHUNK_BYTES", rows_per_chunk * 16 * 4)
