@@ -232,7 +232,7 @@ def test_lora_model_dir_continues_on_a_quantised_base(
 @pytest.mark.parametrize(
     ("keys", "fragments"),
     [
-        ({"load_in_4bit": True, "load_in_8bit": True}, ("`load_in_4bit` and `load_in_8bit`", "remove one")),
+        ({"load_in_4bit": True, "load_in_8bit": True}, ("`load_in_4bit`", "`load_in_8bit`", "Remove one")),
         ({"load_in_4bit": True, "deepspeed": "zero3.json"}, ("`load_in_4bit`", "`deepspeed`", "Remove one")),
         ({"load_in_4bit": True, "fsdp_version": 2, "fsdp_config": {"offload_params": False}}, ("`fsdp_config`",)),
         ({"load_in_4bit": True, "quantize_moe_experts": True}, ("quantize_moe_experts",)),

@@ -341,7 +341,11 @@ def test_lora_model_dir_is_refused_where_the_host_would_ignore_it(
     config = write_config(rl, adapter, f"{rl} refused", output_dir=str(tmp_path / "out"))
     result = axolotl("train", config, f"--lora-model-dir={tmp_path}")
     assert (result.code, result.tracebacks) == (1, 1), result.output
-    assert f"`lora_model_dir` with `rl: {rl}`" in result.error and "Remove `lora_model_dir`" in result.error
+    assert (
+        "`lora_model_dir` does not work" in result.error
+        and f"`rl: {rl}`" in result.error
+        and "Remove `lora_model_dir`" in result.error
+    )
     assert not (tmp_path / "out").exists()
 
 
