@@ -31,9 +31,8 @@ class MoeBlock:
     Attributes:
         name: its full name in the model.
         module: the block itself. Where a decoder layer holds router and experts beside other things (Gemma 4), the
-            experts: their input is what an adapter must see, and their output what it adds to. Where a block hands
-            each token to one of several MoE blocks (Ernie 4.5 VL: one for text, one for images), the outer one.
-        router, experts: its children; experts is None where they are no module (JetMoe), both where there are several.
+            experts: their input is what an adapter must see, and their output what it adds to.
+        router, experts: its children; experts is None where they are no module (JetMoe).
         family: what is special about it.
         config: of the innermost model of transformers around the block: the text's, or that of a vision tower.
         reads_text: whether it is part of the decoder and sees the tokens of the batch; not so in a vision tower.
@@ -41,7 +40,7 @@ class MoeBlock:
 
     name: str
     module: nn.Module
-    router: nn.Module | None
+    router: nn.Module
     experts: nn.Module | None
     family: Family
     config: Any
@@ -52,6 +51,11 @@ class MoeBlock:
         """The first number in the name, i.e. the decoder layer."""
         number = re.search(r"(?:^|\.)(\d+)\.", self.name)
         return int(number[1]) if number else None
+
+    @property
+    def parent_name(self) -> str:
+        """Full name of the module that holds the block."""
+        return self.name.rpartition(".")[0]
 
     @property
     def hidden_size(self) -> int:

@@ -59,9 +59,7 @@ class PerftLayer(nn.Module, TunerLayer):
         self.num_active_experts: dict[str, int] = {}
         self.num_layers: dict[str, int] = {}
         self._base_scores: Callable[[Tensor], Tensor] | None = None
-        self._handles = []
-        if block.router is not None:
-            self._handles.append(block.router.register_forward_hook(self._note_base_routing))
+        self._handles = [block.router.register_forward_hook(self._note_base_routing)]
         if block.experts is not None and block.family.routing is None:
             self._handles.append(block.experts.register_forward_hook(self._add_to_experts, with_kwargs=True))
         self.train(self.base_layer.training)

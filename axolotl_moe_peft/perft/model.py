@@ -50,6 +50,7 @@ class PerftModel(Tuner):
     def _prepare_model(self, peft_config: PerftConfig, model: nn.Module) -> None:
         blocks = select_moe_blocks(model, peft_config.target_modules, peft_config.layers_to_transform)
         for block in blocks:
+            _check_that_it_is_there(block)
             VARIANTS[peft_config.variant].sizes(peft_config, block)
             on_meta = any(p.is_meta for p in block.module.parameters())
             if peft_config.base_router_aux_loss_coef and not on_meta:
@@ -124,3 +125,14 @@ class PerftModel(Tuner):
         self.auxiliary.detach()
         self._base_losses.restore()
         return super().unload()
+
+
+def _check_that_it_is_there(block: MoeBlock) -> None:
+    """Refuse a block whose weights accelerate keeps elsewhere; on the meta device alone they are still to come."""
+    offloaded = any(hasattr(module, "_hf_hook") for module in block.module.modules())
+    if offloaded and any(parameter.is_meta for parameter in block.module.parameters()):
+        raise ValueError(
+            f"perft: the MoE block {block.name} is offloaded (`device_map` puts it on the CPU or the disk), and an "
+            "adapter beside it has no device of its own. Load the base model without offloading, such as quantised "
+            "or over several GPUs, or leave such layers out with `layers_to_transform`."
+        )

@@ -36,8 +36,6 @@ def probe(block: MoeBlock) -> ExpertsCall | None:
     Returns:
         None if they are not called as one module with hidden states, indices and weights.
     """
-    if block.router is None:
-        return None
     seen: list[ExpertsCall] = []
     routing = BaseRouting()
 

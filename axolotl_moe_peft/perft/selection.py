@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .block import MoeBlock
-from .moe_families import STANDARD, family_of
+from .moe_families import family_of
 
 ROUTER_NAMES = ("gate", "router")
 
@@ -39,7 +39,7 @@ def find_moe_blocks(model: nn.Module) -> list[MoeBlock]:
             blocks.append(MoeBlock(f"{name}.experts", inner, router, inner, family, **rest))
         else:
             blocks.append(MoeBlock(name, inner, router, experts, family, **rest))
-    return _with_siblings_as_one(model, blocks)
+    return blocks
 
 
 def _configs(model: nn.Module) -> dict[str, Any]:
@@ -50,24 +50,6 @@ def _configs(model: nn.Module) -> dict[str, Any]:
         config = getattr(module, "config", None) if isinstance(module, PreTrainedModel) or not name else outer
         configs[name] = config.get_text_config() if hasattr(config, "get_text_config") else config
     return configs
-
-
-def _with_siblings_as_one(model: nn.Module, blocks: list[MoeBlock]) -> list[MoeBlock]:
-    """Put one block for those that share the tokens of one module: each alone sees a part of a batch, or nothing."""
-
-    def parent_of(block: MoeBlock) -> str:
-        return block.name.rpartition(".")[0]
-
-    counts = Counter(map(parent_of, blocks))
-    found: dict[str, MoeBlock] = {}
-    for block in blocks:
-        name = parent_of(block)
-        parent = model.get_submodule(name)
-        if counts[name] > 1 and not isinstance(parent, nn.ModuleList):
-            parent = parent.get_base_layer() if isinstance(parent, BaseTunerLayer) else parent
-            block = MoeBlock(name, parent, None, None, STANDARD, block.config, block.reads_text)
-        found[block.name] = block
-    return list(found.values())
 
 
 def select_moe_blocks(
@@ -84,7 +66,7 @@ def select_moe_blocks(
         layers_to_transform: decoder layers; None for all.
 
     Raises:
-        ValueError: the model has no MoE block, or an entry chooses none.
+        ValueError: the model has no MoE block, an entry chooses none, or a block sees a part of the tokens.
     """
     blocks = find_moe_blocks(model)
     if not blocks:
@@ -95,6 +77,7 @@ def select_moe_blocks(
             "dense base model use `adapter: lora` or `adapter: tt_lora`."
         )
     chosen = _named(blocks, target_modules)
+    _check_that_each_sees_all_tokens(model, blocks, chosen)
     if layers_to_transform is None:
         return chosen
     layers = [layers_to_transform] if isinstance(layers_to_transform, int) else list(layers_to_transform)
@@ -107,12 +90,26 @@ def select_moe_blocks(
     return [b for b in chosen if b.layer_index in layers]
 
 
+def _check_that_each_sees_all_tokens(model: nn.Module, blocks: list[MoeBlock], chosen: list[MoeBlock]) -> None:
+    """Refuse blocks side by side in one module, which hands each of them the tokens of one modality."""
+    counts = Counter(block.parent_name for block in blocks)
+    for block in chosen:
+        parent = model.get_submodule(block.parent_name)
+        if counts[block.parent_name] > 1 and not isinstance(parent, nn.ModuleList):
+            raise ValueError(
+                f"perft does not go with {type(parent).__name__} ({block.parent_name}): it hands its tokens to "
+                f"{counts[block.parent_name]} MoE blocks, of which each sees a part of a batch or nothing at all, so "
+                "that adapters would be left without a gradient and their routers' losses and figures be wrong. Leave "
+                "such blocks out with `target_modules`, or use `adapter: lora` or `adapter: tt_lora`."
+            )
+
+
 def _named(blocks: list[MoeBlock], target_modules: Sequence[str] | str | None) -> list[MoeBlock]:
     if target_modules is None:
         chosen = [b for b in blocks if b.reads_text]
         unmatched = []
     elif isinstance(target_modules, str):
-        chosen = [b for b in blocks if _compiled(target_modules).fullmatch(b.name)]
+        chosen = [b for b in blocks if re.fullmatch(target_modules, b.name)]
         unmatched = [] if chosen else [target_modules]
     else:
         chosen = [b for b in blocks if any(_has_suffix(b.name, t) for t in target_modules)]
@@ -124,16 +121,6 @@ def _named(blocks: list[MoeBlock], target_modules: Sequence[str] | str | None) -
             f"{'; leave the key out to adapt all of them' if target_modules else ': name those that you mean'}."
         )
     return chosen
-
-
-def _compiled(expression: str) -> re.Pattern:
-    try:
-        return re.compile(expression)
-    except re.error as error:
-        raise ValueError(
-            f"perft.target_modules: {expression!r} is no regular expression ({error}). As a string the key is one "
-            "that matches whole names; give a list for names or suffixes of names."
-        ) from None
 
 
 def _has_suffix(name: str, suffix: str) -> bool:

@@ -194,6 +194,8 @@ class AuxiliaryLosses:
         if forward_pass is None:
             return None
         mask_T = forward_pass.flat_mask(len(routing.logits_TN)) if padded else None
+        if mask_T is not None:
+            mask_T = mask_T.to(routing.logits_TN.device)  # `device_map` puts layers on other devices than the batch
         figures = self.statistics.of(adapter_name) if forward_pass.running and forward_pass.training else None
         if figures is not None and not prefix:
             figures.record_usage(layer, expert_counts(routing.indices_TK, routing.logits_TN.shape[-1], mask_T))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -85,7 +85,7 @@ class Figures:
         """The means, and `usage_figures` if anything was routed. See RouterStatistics.pop."""
         figures = {}
         for name, layers in self._means.items():
-            totals, counts = reduce(torch.stack(list(layers.values()), 1)).tolist()
+            totals, counts = reduce(_stack(layers.values()).t()).tolist()
             means = [total / count for total, count in zip(totals, counts) if count]
             if means:
                 figures[name] = sum(means) / len(means)
@@ -102,7 +102,7 @@ class Figures:
         by_size: dict[int, list[Tensor]] = {}
         for counts_N in self._usage.values():
             by_size.setdefault(counts_N.numel(), []).append(counts_N)
-        per_size = [usage_figures(reduce(torch.stack(by_size[size])).cpu()) for size in sorted(by_size)]
+        per_size = [usage_figures(reduce(_stack(by_size[size])).cpu()) for size in sorted(by_size)]
         return {key: sum(f[key] for f in per_size) / len(per_size) for key in per_size[0]} if per_size else {}
 
 
@@ -127,6 +127,12 @@ def usage_figures(counts_LN: Tensor) -> dict[str, float]:
         "expert_max_share": share_LN.amax(-1).mean().item(),
         "expert_used_fraction": (counts_LN > 0).float().mean().item(),
     }
+
+
+def _stack(layers: Iterable[Tensor]) -> Tensor:
+    """Layers' tensors as one, where the first of them is: `device_map` may have put the layers on several devices."""
+    first, *others = layers
+    return torch.stack([first, *(tensor.to(first.device) for tensor in others)])
 
 
 def _sum(old: Tensor | None, new: Tensor) -> Tensor:
