@@ -16,7 +16,10 @@ from .args import CONFIGS
 from .saved import CONTINUED, continued, own_fields
 
 # PEFT's fields for what it trains beside an adapter, and the YAML's keys for them
-BESIDE = {"modules_to_save": "lora_modules_to_save", "trainable_token_indices": "peft_trainable_token_indices"}
+BESIDE = {
+    "modules_to_save": "lora_modules_to_save",
+    "trainable_token_indices": "peft_trainable_token_indices",  # nosec B105
+}
 
 LOG = get_logger(__name__)
 
