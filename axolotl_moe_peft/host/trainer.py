@@ -10,6 +10,7 @@ from .args import CONFIGS
 from .callback import AdapterCallback
 from .dataset_experts import COLUMN, ExpertLabelCollator
 from .fsdp2 import Fsdp2Checkpoints
+from .rows import check_rows_have_prompts
 
 
 def prepare_trainer(cfg: DictDefault, trainer: Trainer) -> list[TrainerCallback]:
@@ -19,9 +20,12 @@ def prepare_trainer(cfg: DictDefault, trainer: Trainer) -> list[TrainerCallback]
         The callbacks to add to it.
 
     Raises:
-        ValueError: nothing of the adapter would be trained.
+        ValueError: nothing of the adapter would be trained, or its router would find no prompt in some rows.
     """
     _check_trainable(trainer.model)
+    if trainer.model.peft_config[trainer.model.active_adapter].reads_prompts:
+        check_rows_have_prompts("rows", trainer.train_dataset, trainer.processing_class)
+        check_rows_have_prompts("rows for evaluation", trainer.eval_dataset, trainer.processing_class)
     if CONFIGS[cfg.adapter].needs_expert_labels:
         _collate_expert_labels(trainer)
     if cfg.rl and "ref" in trainer.model.peft_config:

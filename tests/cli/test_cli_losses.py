@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,3 +72,18 @@ def test_prompts_are_chosen_as_with_the_models_own_loss(loss: str, train: Callab
         for name in ("own", loss)
     ]
     assert figures[0] and figures[0] == pytest.approx(figures[1], rel=1e-4)
+
+
+def test_a_row_without_a_prompt_is_found_before_training(
+    axolotl: AxolotlPool, base_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    answer, question = {"label": True, "text": "ok"}, {"label": False, "text": "what is it?"}
+    segments = [[question, answer]] * 3 + [[answer]] + [[question, answer]] * 4
+    rows.write_text("".join(json.dumps({"segments": row}) + "\n" for row in segments))
+    keys = {"adapter": "pt_moe", "perft": None, "pt_moe": {"num_virtual_tokens": 4, "rank": 2}}
+    keys["datasets"] = [{"path": str(rows), "type": "input_output"}]
+    result = axolotl("train", write_yaml(tmp_path / "run.yaml", base_model("llama"), rows, **keys))
+    assert result.code != 0
+    assert "1 of 8 rows begin with a supervised token" in result.output
+    assert "router_input: sequence" in result.output
