@@ -19,6 +19,7 @@ from ..shared.batches import IGNORE_INDEX
 from ..shared.decoder import decoder_of
 from ..shared.statistics import RouterStatistics
 from ..shared.summary import ParameterRow, parameter_row
+from ..shared.trainer_step import labels_of, watch_trainers
 from ..shared.tuner import Tuner
 from .chooser import ExpertChooser, cross_entropies, labels_of_sequences, record
 from .config import TTLoraMoeConfig, check_expert_entry
@@ -94,6 +95,7 @@ class TTLoraMoeModel(Tuner):
             # a child of the model, where PEFT looks for what to switch and to delete
             router = PromptRouter(self.model.config.get_text_config().hidden_size)
             router.chooser = ExpertChooser(self.model, router)
+            watch_trainers()
             self.model.prompt_router = router
         if adapter_name not in self._router.ttmoe_weight:
             self._chooser.configs[adapter_name] = peft_config
@@ -173,6 +175,12 @@ class TTLoraMoeModel(Tuner):
             self._chooser.running.expert_labels = None
 
     def _router_step(self, batch: dict[str, Any], expert_labels: Tensor | None) -> CausalLMOutputWithPast:
+        if batch.get("labels") is None and labels_of(batch) is not None:
+            raise ValueError(
+                "tt_lora_moe trains by its router's cross-entropy and computes no logits in training, but the trainer "
+                "has taken the labels out of the batch for a loss of its own. Leave out `label_smoothing_factor` and "
+                "`compute_loss_func`."
+            )
         for key, tensor in (("labels", batch.get("labels")), ("expert_labels", expert_labels)):
             if tensor is None and not (key == "labels" and head_name(self.model)):
                 raise ValueError(

@@ -17,6 +17,7 @@ from axolotl_moe_peft.shared.trainer_step import current_step
 from tests.pt_moe.prompts import pt_moe
 from tests.pt_moe.test_trainers import tokenizer
 from tests.tiny_models import random_ids, tiny_config, tiny_model
+from tests.tt_lora_moe.pools import pool_of, save_experts
 
 PROMPT = 3
 
@@ -226,3 +227,9 @@ def test_evaluation_reads_no_answer_either(tmp_path):
         )
         losses[loss] = trainer.evaluate()["eval_loss"]
     assert losses["compute_loss_func"] == pytest.approx(losses["own"], rel=1e-5)
+
+
+def test_a_pool_whose_labels_the_trainer_took_says_why_it_cannot_train(tmp_path):
+    model = pool_of(save_experts(tmp_path / "experts"))
+    with pytest.raises(ValueError, match="computes no logits in training.*Leave out `label_smoothing_factor`"):
+        train(tmp_path, model, "label_smoothing", EQUAL, 2, 1)
