@@ -86,3 +86,6 @@ def _log_what_is_trained(model: PeftModel, cfg: DictDefault) -> None:
     layers = getattr(model.base_model, "adapted_layers", None)
     if layers is not None and len(layers) != model.config.get_text_config().num_hidden_layers:
         LOG.info("layers with an adapter: %s", ", ".join(map(str, layers)))
+    left_alone = getattr(model.base_model, "blocks_left_alone", None)
+    if left_alone:
+        LOG.info("MoE blocks left alone, which `target_modules` can name: %s", ", ".join(left_alone))

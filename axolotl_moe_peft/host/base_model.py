@@ -10,7 +10,13 @@ import torch
 from axolotl.loaders.utils import load_model_config
 from axolotl.utils.dict import DictDefault
 from peft import PeftConfig, get_peft_model
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+)
 
 from .attach import peft_config
 from .saved import CONTINUED, continued
@@ -24,10 +30,14 @@ def check_base_model(cfg: DictDefault) -> None:
     """
     architecture, config = load_model_config(cfg), peft_config(cfg)
     _check_room_before_the_text(cfg, architecture, config)
-    if type(architecture) not in MODEL_FOR_CAUSAL_LM_MAPPING or cfg.reward_model or cfg.process_reward_model:
-        return  # remote code, a multimodal model or a classifier: the check waits until it is loaded
+    # as the host's own loader chooses
+    reads_images = cfg.is_multimodal and type(architecture) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    is_known = reads_images or type(architecture) in MODEL_FOR_CAUSAL_LM_MAPPING
+    if not is_known or cfg.reward_model or cfg.process_reward_model:
+        return  # remote code or a classifier: the check waits until it is loaded
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(architecture)
+        auto_class = AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
+        model = auto_class.from_config(architecture)
     # what there is to warn of is said once, when the adapter is attached; and where the base's own code needs values
     # (JetMoe's router counts tokens in Python) the check waits until then, too
     with warnings.catch_warnings(), contextlib.suppress(NotImplementedError):

@@ -153,6 +153,13 @@ HOST_KEYS: tuple[HostKey, ...] = (
         "Remove the key, or shard the base with `fsdp_version: 2` and `fsdp_config`.",
         attribute="frozen_parts",
     ),
+    HostKey(
+        "processor_type",
+        "which part of a row is its prompt, and which expert it belongs to, Axolotl's collator of images does not "
+        "tell before it trains",
+        "Remove the key, or use `adapter: perft` or `adapter: tt_lora`.",
+        attribute="needs_labels",
+    ),
     HostKey("rl", "{needs_labels}", "Train it on `datasets` with answers, without `rl:`.", attribute="needs_labels"),
     HostKey(
         "lora_model_dir",
