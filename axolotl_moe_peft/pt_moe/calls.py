@@ -39,14 +39,14 @@ def check_cache(cache: Any) -> None:
         )
 
 
-def check_isolation(decoder: nn.Module, takes_positions: bool, has_cache: bool, rows: int) -> None:
+def check_isolation(decoder: nn.Module, by_positions: bool, has_cache: bool, rows: int) -> None:
     """Check that positions alone keep the segments of a row apart."""
     if has_cache:
         raise ValueError("pt_moe: packed rows cannot be continued; call the model with `use_cache=False`.")
-    if not takes_positions:
+    if not by_positions:
         raise ValueError(
-            f"pt_moe: {type(decoder).__name__} takes no position_ids, so that nothing would keep the segments of "
-            "a packed row apart. Set `sample_packing: false`."
+            f"pt_moe: {type(decoder).__name__} takes no position_ids, or does not look at them everywhere, so that "
+            "nothing would keep the segments of a packed row apart. Set `sample_packing: false`."
         )
     if "flash" in decoder.config._attn_implementation and rows > 1:
         raise ValueError(

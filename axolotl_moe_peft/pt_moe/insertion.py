@@ -32,6 +32,7 @@ from ..shared.generation import (
     only_input,
 )
 from ..shared.trainer_step import labels_of
+from .bases import keeps_apart
 from .calls import check_arguments, check_cache, check_isolation, check_length, check_mask_length
 from .config import PTMoeConfig
 from .layer import PTMoeLayer
@@ -73,6 +74,7 @@ class PromptInsertion:
         self.takes_positions = "position_ids" in arguments_of(type(decoder).forward)
         self.max_positions = getattr(decoder.config.get_text_config(), "max_position_embeddings", None)
         self._predicts_tokens = predicts_tokens(model)  # else what it reads has no answer in it
+        self.keeps_apart = keeps_apart(decoder)
         self._thread = PerThread()
         self._generation = Generation(model, "pt_moe", self._is_active)
         self._handles = [
@@ -167,7 +169,8 @@ class PromptInsertion:
         if self.takes_positions:
             new["position_ids"] = layout.position_BL
         if mask is None and layout.isolated:
-            check_isolation(decoder, self.takes_positions, cache is not None, layout.shape[0])
+            apart = self.keeps_apart if layout.packed else self.takes_positions
+            check_isolation(decoder, apart, cache is not None, layout.shape[0])
             new["use_cache"] = False  # nor does it with a cache, and a new one is its default
         if call.get("seq_idx") is not None:
             new["seq_idx"] = (layout.position_BL == 0).cumsum(1, dtype=torch.int32) - 1

@@ -10,18 +10,16 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from ..shared.auxiliary import AuxiliaryLosses
-from ..shared.generation import arguments_of
+from ..shared.decoder import decoder_of
 from ..shared.statistics import RouterStatistics
 from ..shared.summary import ParameterRow, parameter_row
 from ..shared.tuner import Tuner, whole
+from .bases import check_base, embedding_width
 from .config import PTMoeConfig
 from .insertion import PromptInsertion
 from .layer import PTMoeLayer
 
 _LAYER_NAME = "soft_prompt"
-_NEEDED_ARGUMENTS = ("inputs_embeds", "attention_mask")
-# What reads token ids beside the embeddings: Gemma's embeddings per layer, DeepSeek-V4's routing by token.
-_READERS_OF_IDS = ("embed_tokens_per_layer", "tid2eid")
 # Many different tokens, so that the embeddings span almost as many directions as there are virtual tokens.
 _NEUTRAL_TEXT = (
     "Read the following text carefully, think about what it asks for, and answer with a correct, complete and short "
@@ -66,40 +64,8 @@ class PTMoeModel(Tuner):
         return peft_config
 
     def _prepare_model(self, peft_config: PTMoeConfig, model: nn.Module) -> None:
-        """Check that the model can have such a prompt, before anything is attached."""
-        decoder, name = model.base_model, type(model).__name__
-        config = model.config.get_text_config()
-        if model.config.is_encoder_decoder:
-            raise ValueError(
-                f"pt_moe: {name} is an encoder-decoder; the prompt goes before the text of a decoder. Use a decoder-"
-                "only model, or `adapter: lora`."
-            )
-        taken = arguments_of(type(decoder).forward)
-        missing = [n for n in _NEEDED_ARGUMENTS if n not in taken]
-        if not {"past_key_values", "cache"}.intersection(taken):
-            missing.append("past_key_values")
-        if missing:
-            raise ValueError(
-                f"pt_moe: {type(decoder).__name__} takes no {', '.join(missing)}, without which no prompt can be put "
-                "before its tokens. Use `adapter: lora`."
-            )
-        inside = [n.rpartition(".")[2] for n, _ in (*decoder.named_modules(), *decoder.named_buffers())]
-        if any(name in inside for name in _READERS_OF_IDS):
-            raise ValueError(
-                f"pt_moe: layers of {type(decoder).__name__} read the token ids themselves, which a prompt does not "
-                "have. Use `adapter: lora`."
-            )
-        if peft_config.rank is not None and peft_config.rank > config.hidden_size:
-            raise ValueError(
-                f"pt_moe.rank: {peft_config.rank} is more than the hidden size of {name} ({config.hidden_size}). Use "
-                "a smaller rank, or null for a prompt that is not factorised."
-            )
-        max_positions = getattr(config, "max_position_embeddings", None)
-        if max_positions is not None and peft_config.num_virtual_tokens >= max_positions:
-            raise ValueError(
-                f"pt_moe.num_virtual_tokens: {peft_config.num_virtual_tokens} leaves no room for a text: {name} has "
-                f"{max_positions} positions. Use fewer."
-            )
+        check_base(model, peft_config)
+        decoder = decoder_of(model)
         self._embedding_name = next(n for n, m in model.named_modules() if m is decoder.get_input_embeddings())
 
     def _check_target_module_exists(self, peft_config: PTMoeConfig, key: str) -> bool:
@@ -118,10 +84,10 @@ class PTMoeModel(Tuner):
         """Add the adapter to the decoder's layer; the target, the token embeddings, stays as it is."""
         if self._layer is None:
             layer = PTMoeLayer(AuxiliaryLosses(self.model))
-            layer.insertion = PromptInsertion(layer, self.model, self.model.base_model)
-            self.model.base_model.add_module(_LAYER_NAME, layer.train(self.model.training))
+            layer.insertion = PromptInsertion(layer, self.model, decoder_of(self.model))
+            decoder_of(self.model).add_module(_LAYER_NAME, layer.train(self.model.training))
         layer, weight = self._layer, target.weight
-        layer.update_layer(adapter_name, peft_config, self.model.config.get_text_config().hidden_size, weight.device)
+        layer.update_layer(adapter_name, peft_config, embedding_width(self.model), weight.device)
         if not layer.ptmoe_experts[adapter_name].is_meta:  # else it is loaded, or materialised from another process
             with whole([weight]):
                 embeddings_NTD = self._initial_embeddings(adapter_name, peft_config, target)
@@ -173,11 +139,11 @@ class PTMoeModel(Tuner):
 
     @property
     def _layer(self) -> PTMoeLayer | None:
-        return getattr(self.model.base_model, _LAYER_NAME, None)
+        return getattr(decoder_of(self.model), _LAYER_NAME, None)
 
     def unload(self) -> nn.Module:
         """Return the base model without any adapter or hook of ours."""
         self.auxiliary.detach()
         self._layer.insertion.detach()
-        delattr(self.model.base_model, _LAYER_NAME)
+        delattr(decoder_of(self.model), _LAYER_NAME)
         return super().unload()

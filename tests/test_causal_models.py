@@ -1,0 +1,170 @@
+"""Every causal language model of transformers that can be made tiny: right with a soft prompt and a pool, or refused.
+
+A few model types by day; all of them, some 160, with `SWEEP=all` in the environment.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from axolotl_moe_peft import TTLoraConfig, TTLoraMoeConfig
+from tests.causal_models import causal_model_types, is_tiny, tiny_causal_model
+from tests.pt_moe.prompts import T, adapter_tensors, config, randomise_prompts
+from tests.tiny_models import PAD, random_ids
+
+# one of a kind: positions that are learned, offset, ALiBi's, none; a wrapped decoder; states; an encoder; own caches
+_BY_DAY = ("bart", "bert", "bloom", "ctrl", "llama4_text", "mamba", "mpt", "opt", "qwen3_next", "rwkv", "xglm")
+if os.environ.get("SWEEP") == "all":
+    TYPES = [model_type for model_type in causal_model_types() if is_tiny(model_type)]
+else:
+    TYPES = sorted(set(_BY_DAY) & set(causal_model_types()))
+CLOSE = {"rtol": 2e-3, "atol": 2e-4}
+GREEDY = {
+    "max_new_tokens": 4,
+    "do_sample": False,
+    "eos_token_id": None,
+    "forced_eos_token_id": None,
+    "pad_token_id": PAD,
+}
+
+pytestmark = pytest.mark.sweep
+
+
+def attached(base: PreTrainedModel, adapter: Callable) -> PeftModel | None:
+    """The base with the adapter; None if it was refused, and then it is as it was."""
+    modules, hooks, own = list(base.modules()), hooks_of(base), dict(vars(base))
+    try:
+        return get_peft_model(base, adapter()).eval()
+    except ValueError as error:
+        assert str(error).startswith(("pt_moe", "tt_lora", "Target modules"))
+        assert list(base.modules()) == modules
+        assert hooks_of(base) == hooks
+        assert vars(base).keys() == own.keys()
+        return None
+
+
+def hooks_of(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def padded(rows: list[Tensor], side: str) -> tuple[Tensor, Tensor]:
+    """Rows and their mask."""
+    width = max(map(len, rows))
+    pads = [(width - len(r), 0) if side == "left" else (0, width - len(r)) for r in rows]
+    ids = torch.stack([F.pad(r, p, value=PAD) for r, p in zip(rows, pads)])
+    return ids, torch.stack([F.pad(torch.ones_like(r), p) for r, p in zip(rows, pads)])
+
+
+def unpadded(values: Tensor, rows: list[Tensor], side: str) -> list[Tensor]:
+    return [v[-len(r) :] if side == "left" else v[: len(r)] for v, r in zip(values, rows)]
+
+
+def bare_pads_rightly(model: PreTrainedModel, rows: list[Tensor], side: str) -> bool:
+    """Whether padding does not matter to the model itself."""
+    ids, mask = padded(rows, side)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    call = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    try:
+        logits = model(**call, position_ids=positions).logits
+    except (TypeError, ValueError):
+        logits = model(**call).logits
+    alone = [model(input_ids=row[None], use_cache=False).logits[0] for row in rows]
+    return all(torch.allclose(a, b, **CLOSE) for a, b in zip(unpadded(logits, rows, side), alone))
+
+
+def bare_caches_rightly(model: PreTrainedModel, row: Tensor) -> bool:
+    """Whether a cache does not matter to the model itself, as it does to Dory, whose layers run several times."""
+    uncached = model(input_ids=row[None], use_cache=False).logits
+    return torch.allclose(model(input_ids=row[None], use_cache=True).logits, uncached, **CLOSE)
+
+
+def greedy_or_refused(model: PeftModel, row: Tensor, **kwargs) -> Tensor | None:
+    try:
+        return model.generate(input_ids=row[None], **GREEDY, **kwargs)[0, len(row) :]
+    except ValueError as error:
+        assert "pt_moe" in str(error) or "tt_lora_moe" in str(error) or "cache of type" in str(error)
+        return None
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+@torch.no_grad()
+def test_a_soft_prompt_is_as_one_built_by_hand_or_refused(model_type):
+    model = attached(tiny_causal_model(model_type), lambda: config("pt"))
+    if model is None:
+        return
+    randomise_prompts(model)
+    bare, prompt = tiny_causal_model(model_type), adapter_tensors(model)["experts"][0].detach()
+
+    def by_hand(ids: Tensor) -> Tensor:
+        embeds = torch.cat([prompt, bare.get_input_embeddings()(ids)])[None]
+        return bare(inputs_embeds=embeds, use_cache=False).logits[0, T:]
+
+    rows = [random_ids(1, 9, seed=1)[0], random_ids(1, 6, seed=2)[0]]
+    expected = [by_hand(row) for row in rows]
+    for row, logits in zip(rows, expected):
+        torch.testing.assert_close(model(input_ids=row[None], use_cache=False).logits[0], logits, **CLOSE)
+    for side in ("left", "right"):
+        if bare_pads_rightly(bare, rows, side):
+            ids, mask = padded(rows, side)
+            found = unpadded(model(input_ids=ids, attention_mask=mask).logits, rows, side)
+            for logits, own in zip(found, expected):
+                torch.testing.assert_close(logits, own, **CLOSE)
+    packed = {
+        "input_ids": torch.cat(rows)[None],
+        "position_ids": torch.cat([torch.arange(len(row)) for row in rows])[None],
+    }
+    try:
+        found = model(**packed, use_cache=False).logits[0].split([len(row) for row in rows])
+    except (TypeError, ValueError) as error:
+        assert "pt_moe" in str(error) or "position_ids" in str(error)
+    else:
+        for logits, own in zip(found, expected):
+            torch.testing.assert_close(logits, own, **CLOSE)
+    tokens = rows[0]
+    for _ in range(GREEDY["max_new_tokens"]):
+        tokens = torch.cat([tokens, by_hand(tokens)[-1:].argmax(-1)])
+    for use_cache in (True, False):
+        if use_cache and not bare_caches_rightly(bare, rows[0]):
+            continue
+        found = greedy_or_refused(model, rows[0], use_cache=use_cache)
+        assert found is None or torch.equal(found, tokens[len(rows[0]) :])
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+@torch.no_grad()
+def test_a_pool_gives_each_row_its_own_expert_or_is_refused(model_type, tmp_path):
+    names = ("a", "b")
+    for seed, name in enumerate(names):
+        torch.manual_seed(seed)
+        expert = attached(
+            tiny_causal_model(model_type),
+            lambda: TTLoraConfig(rank=2, alpha=300, target_modules="all-linear", task_type="CAUSAL_LM"),
+        )
+        if expert is None:
+            return
+        expert.save_pretrained(tmp_path / name)
+    entries = [{"name": name, "path": str(tmp_path / name)} for name in names]
+    pool = attached(tiny_causal_model(model_type), lambda: TTLoraMoeConfig(experts=entries, task_type="CAUSAL_LM"))
+    if pool is None:
+        return
+    weight = pool.base_model.model.prompt_router.ttmoe_weight["default"]
+    weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
+    singles = [PeftModel.from_pretrained(tiny_causal_model(model_type), e["path"]).eval() for e in entries]
+    rows = random_ids(6, 8)
+    logits = pool(input_ids=rows, use_cache=False).logits
+    chosen = pool.base_model.chosen_experts["default"].tolist()
+    for row, expert, found in zip(rows, chosen, logits):
+        torch.testing.assert_close(found, singles[expert](input_ids=row[None], use_cache=False).logits[0], **CLOSE)
+    for row, expert in list(zip(rows, chosen))[:3]:
+        expected = singles[expert].generate(input_ids=row[None], **GREEDY)[0, len(row) :]
+        for use_cache in (True, False):
+            found = greedy_or_refused(pool, row, use_cache=use_cache)
+            assert found is None or torch.equal(found, expected)
