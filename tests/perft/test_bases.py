@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -148,6 +149,24 @@ def test_compiled_equals_eager(variant, dtype):
     torch.testing.assert_close(losses[1], losses[0])
     for name, gradient in gradients[1].items():
         torch.testing.assert_close(gradient, gradients[0][name], rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "variant", "kwargs"), [("llama4_text", "embedded", {}), ("mixtral", "routed", {"gate_weights": "base"})]
+)
+def test_threads_that_call_one_model_have_their_own_base_routing(family, variant, kwargs):
+    model = get_peft_model(tiny_family_model(family), config(variant, **kwargs)).eval()
+    randomise_adapters(model)
+    batches = [random_ids(2, 5 + length, seed=length) for length in range(4)]
+    with torch.no_grad():
+        expected = [model(ids).logits for ids in batches]
+
+    def call(i: int) -> bool:
+        with torch.no_grad():
+            return torch.equal(model(batches[i % 4]).logits, expected[i % 4])
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(call, range(80)))
 
 
 def test_layers_on_several_devices_have_losses_and_figures():
