@@ -63,6 +63,7 @@ class MoePeftArgs(_Blocks):
         own_keys = own_fields(CONFIGS[adapter])
         _check_keys_of_the_block(adapter, data[adapter], list(own_keys))
         check_host_keys(data, own_keys)
+        _check_spelling(data, cls)
         return _check_command(data)
 
     @model_validator(mode="after")
@@ -113,6 +114,17 @@ def _check_keys_of_the_block(adapter: str, block: Any, known: list[str]) -> None
             nearest = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean `{nearest[0]}`? " if nearest else ""
             raise ValueError(f"{adapter}.{key}: no such key; {hint}The keys are {', '.join(known)}.")
+
+
+def _check_spelling(data: dict[str, Any], schema: type[BaseModel]) -> None:
+    """Refuse what is nearly a key of the schema, which Axolotl would drop without a word.
+
+    Commands put keys of their own beside the schema's, so that what resembles none of them passes.
+    """
+    known = {name for key, f in schema.model_fields.items() for name in (key, f.alias) if name}
+    for key in data:
+        if key not in known and (nearest := difflib.get_close_matches(str(key), known, n=1, cutoff=0.85)):
+            raise ValueError(f"`{key}` is no key of Axolotl's, which would ignore it; did you mean `{nearest[0]}`?")
 
 
 def _check_command(data: dict[str, Any]) -> dict[str, Any]:

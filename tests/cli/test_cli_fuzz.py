@@ -13,7 +13,7 @@ from tests.cli.adapters import EXPERTS
 from tests.cli.cli_helpers import AxolotlPool, Result, adapter_tensors, log_history, write_rows, write_yaml
 from tests.cli.fuzz import random_keys
 
-DAILY = 12
+DAILY = 11
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -50,16 +50,17 @@ def dataset(keys: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Rows of the kind that the YAML's trainer reads."""
     rows = folder / "rows.jsonl"
     entry = {"path": str(rows), "type": "chat_template"}
-    if keys.get("rl") or keys.get("reward_model"):
+    if keys.get("reward_model"):
+        line = '{"system": "", "input": "what is %d?", "chosen": "ok", "rejected": "no"}'
+        rows.write_text("".join(line % i + "\n" for i in range(8)))
+        entry["type"] = "bradley_terry.chat_template"
+    elif keys.get("rl"):
         lines = (
             '{"chosen": [{"role": "user", "content": "what is %d?"}, {"role": "assistant", "content": "ok"}], '
             '"rejected": [{"role": "user", "content": "what is %d?"}, {"role": "assistant", "content": "no"}]}'
         )
         rows.write_text("".join(lines % (i, i) + "\n" for i in range(8)))
-        kinds = {"reward_model": "bradley_terry.chat_template", "dpo": "chat_template.default"}
-        entry["type"] = (
-            kinds["reward_model"] if keys.get("reward_model") else kinds.get(keys["rl"], "chat_template.argilla")
-        )
+        entry["type"] = "chat_template.default" if keys["rl"] == "dpo" else "chat_template.argilla"
     else:
         write_rows(rows, ((f"what is {i}?", "ok" * (1 + i % 3)) for i in range(12)))
     if keys["adapter"] == "tt_lora_moe":

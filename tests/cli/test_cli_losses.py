@@ -57,6 +57,7 @@ def z_step(train: Callable[..., Path], loss: str, accumulate: int) -> torch.Tens
     return torch.cat([(ends[0][n] - ends[1][n]).flatten() for n in ends[0] if "perft_router" in n])
 
 
+@pytest.mark.matrix("loss: {loss}", "perft")
 @pytest.mark.parametrize("loss", LOSSES)
 def test_accumulation_does_not_change_the_router_losses(loss: str, train: Callable[..., Path]) -> None:
     reference = z_step(train, "own", 1)
@@ -64,6 +65,7 @@ def test_accumulation_does_not_change_the_router_losses(loss: str, train: Callab
     torch.testing.assert_close(z_step(train, loss, 4), reference, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.matrix("loss: {loss}", "pt_moe")
 @pytest.mark.parametrize("loss", [name for name in LOSSES if name != "own"])
 def test_prompts_are_chosen_as_with_the_models_own_loss(loss: str, train: Callable[..., Path]) -> None:
     """Their labels tell where the prompts end although the model does not get them."""
