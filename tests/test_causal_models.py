@@ -164,7 +164,7 @@ def test_a_pool_gives_each_row_its_own_expert_or_is_refused(model_type, tmp_path
     for row, expert, found in zip(rows, chosen, logits):
         torch.testing.assert_close(found, singles[expert](input_ids=row[None], use_cache=False).logits[0], **CLOSE)
     for row, expert in list(zip(rows, chosen))[:3]:
-        expected = singles[expert].generate(input_ids=row[None], **GREEDY)[0, len(row) :]
         for use_cache in (True, False):
+            expected = singles[expert].generate(input_ids=row[None], **GREEDY, use_cache=use_cache)[0, len(row) :]
             found = greedy_or_refused(pool, row, use_cache=use_cache)
             assert found is None or torch.equal(found, expected)
