@@ -67,7 +67,7 @@ class BaseLosses:
             )
         trainer.aux_loss_enabled = False
         self._config.output_router_logits = False
-        LOG.warning(
+        LOG.info(
             "%s would add the base router's loss; it is switched off, and acts with base_router_aux_loss_coef: %s",
             type(trainer).__name__,
             ", ".join(f"{coef} ({name})" for name, coef in coefs.items()),

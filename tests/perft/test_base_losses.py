@@ -81,6 +81,7 @@ def trained(model: PeftModel) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", TRAINERS)
 def test_trl_adds_no_loss_of_the_base_router(name, tmp_path, caplog):
     found = []
+    caplog.set_level("INFO", logger="axolotl_moe_peft")
     for arguments in ({}, {"router_aux_loss_coef": 0.0}):
         model = adapted()
         run = trainer(name, tmp_path, model, **arguments)
