@@ -60,6 +60,11 @@ class PTMoeModel(Tuner):
     def statistics(self) -> RouterStatistics:
         return self.auxiliary.statistics
 
+    def prepare_trainer(self, trainer: Any) -> None:
+        """Tell TRL's trainers that the logits have no places for the prompt, of which they would cut some off."""
+        if getattr(trainer, "num_virtual_tokens", 0):
+            trainer.num_virtual_tokens = 0
+
     def _prepare_adapter_config(self, peft_config: PTMoeConfig, model_config: dict) -> PTMoeConfig:
         return peft_config
 
