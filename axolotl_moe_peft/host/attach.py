@@ -66,7 +66,7 @@ def attach(model: PreTrainedModel, cfg: DictDefault, inference: bool) -> tuple[P
             model = PeftModel.from_pretrained(
                 model, cfg.lora_model_dir, config=saved, is_trainable=not inference, **kwargs
             )
-        except (RuntimeError, SafetensorError) as error:
+        except (KeyError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"lora_model_dir: {cfg.lora_model_dir!r} cannot be loaded: {error}") from None
         for expert in config.added_to(saved):
             LOG.info("adding the expert %s to the pool", expert)

@@ -20,7 +20,8 @@ def prepare_trainer(cfg: DictDefault, trainer: Trainer) -> list[TrainerCallback]
         The callbacks to add to it.
 
     Raises:
-        ValueError: nothing of the adapter would be trained, or its router would find no prompt in some rows.
+        ValueError: nothing of the adapter would be trained, something that is not saved with it would be, or its
+            router would find no prompt in some rows.
     """
     _check_trainable(trainer.model)
     if trainer.model.peft_config[trainer.model.active_adapter].reads_prompts:
@@ -42,6 +43,12 @@ def _check_trainable(model: PeftModel) -> None:
         raise ValueError(
             f"none of the adapter's {len(of_adapter)} parameters would be trained: a key or another plugin has frozen "
             "them after it was attached. Remove what freezes parameters."
+        )
+    if strangers := model.base_model.trainable_strangers(model.active_adapter):
+        raise ValueError(
+            f"{len(strangers)} parameters that are not saved with the adapter would be trained, {strangers[0]} among "
+            "them: a key or another plugin has made them trainable. Remove it; `lora_modules_to_save` trains and "
+            "saves modules of the base."
         )
 
 

@@ -44,9 +44,6 @@ class PerftModel(Tuner):
         # a call, not `.forward` as in BaseTuner: the auxiliary losses follow the model through its hooks
         return self.model(*args, **kwargs)
 
-    def _prepare_adapter_config(self, peft_config: PerftConfig, model_config: dict) -> PerftConfig:
-        return peft_config
-
     def _prepare_model(self, peft_config: PerftConfig, model: nn.Module) -> None:
         blocks = select_moe_blocks(model, peft_config.target_modules, peft_config.layers_to_transform)
         for block in blocks:
@@ -108,12 +105,10 @@ class PerftModel(Tuner):
                 per_expert = (down_NRD.numel() + up_NDR.numel()) // len(down_NRD)
                 activated += per_expert * layer.num_active_experts[adapter_name]
                 routers += [layer.perft_router[adapter_name]] if adapter_name in layer.perft_router else []
-        own = {id(p) for p in experts + routers}
-        other = [p for p in self.model.parameters() if p.requires_grad and id(p) not in own]
         return [
             parameter_row("experts", experts, activated),
             parameter_row("router", routers),
-            parameter_row("other", other),
+            self.row_of_others(adapter_name),
         ]
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:

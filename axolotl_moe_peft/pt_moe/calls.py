@@ -46,12 +46,12 @@ def check_isolation(decoder: nn.Module, by_positions: bool, has_cache: bool, row
     if not by_positions:
         raise ValueError(
             f"pt_moe: {type(decoder).__name__} takes no position_ids, or does not look at them everywhere, so that "
-            "nothing would keep the segments of a packed row apart. Set `sample_packing: false`."
+            "nothing would keep the segments of a packed row apart. Pad the rows instead of packing them."
         )
     if "flash" in decoder.config._attn_implementation and rows > 1:
         raise ValueError(
-            f"pt_moe: flash attention keeps the segments of one packed row apart, not of {rows}. Set "
-            "`micro_batch_size: 1` with a longer sequence_len, or `attn_implementation: sdpa`."
+            f"pt_moe: flash attention keeps the segments of one packed row apart, not of {rows}. Give "
+            'one longer row at a time, or load the base with `attn_implementation="sdpa"`.'
         )
 
 
@@ -71,5 +71,5 @@ def check_length(length: int, most: int | None, config: PTMoeConfig) -> None:
         raise ValueError(
             f"pt_moe: a sequence of {length - config.num_virtual_tokens} tokens and its prompt of "
             f"{config.num_virtual_tokens} take {length} positions, but the model has {most}. Use sequences of at most "
-            f"{most - config.num_virtual_tokens} tokens (`sequence_len`), or fewer num_virtual_tokens."
+            f"{most - config.num_virtual_tokens} tokens, or fewer num_virtual_tokens."
         )

@@ -65,9 +65,6 @@ class PTMoeModel(Tuner):
         if getattr(trainer, "num_virtual_tokens", 0):
             trainer.num_virtual_tokens = 0
 
-    def _prepare_adapter_config(self, peft_config: PTMoeConfig, model_config: dict) -> PTMoeConfig:
-        return peft_config
-
     def _prepare_model(self, peft_config: PTMoeConfig, model: nn.Module) -> None:
         check_base(model, peft_config)
         decoder = decoder_of(model)
@@ -133,13 +130,11 @@ class PTMoeModel(Tuner):
         shared = [layer.ptmoe_shared[adapter_name]] if adapter_name in layer.ptmoe_shared else []
         routers = (layer.ptmoe_router_weight, layer.ptmoe_router_bias)
         router = [part[adapter_name] for part in routers if adapter_name in part]
-        own = {id(p) for p in experts + shared + router}
-        other = [p for p in self.model.parameters() if p.requires_grad and id(p) not in own]
         return [
             parameter_row("experts", experts, experts[0].numel() // config.num_experts * config.top_k),
             parameter_row("shared", shared),
             parameter_row("router", router),
-            parameter_row("other", other),
+            self.row_of_others(adapter_name),
         ]
 
     @property

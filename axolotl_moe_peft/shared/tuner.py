@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..versions import warn_of_newer_versions
 from .config import enumerate_names
 from .rollback import unchanged_on_failure, undo_failed_loads
+from .summary import ParameterRow, parameter_row
 
 _CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module."  # in modules' names; torch leaves it out of state dicts
 
@@ -43,6 +44,22 @@ class Tuner(BaseTuner):
     def _attach(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """What `inject_adapter` does in a BaseTuner; if it fails, the model stays as it was."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
+        return (
+            peft_config  # BaseTuner would look up target modules by the model's type; ours have a default or need none
+        )
+
+    def row_of_others(self, adapter_name: str) -> ParameterRow:
+        """What is trainable beside the adapter's own parameters: heads and tokens that PEFT trains, or nothing."""
+        own = {id(p) for p in self._own(adapter_name).values()}
+        return parameter_row("other", [p for p in self.model.parameters() if p.requires_grad and id(p) not in own])
+
+    def trainable_strangers(self, adapter_name: str) -> list[str]:
+        """Names of trainable parameters that are not saved with the adapter."""
+        saved = {id(p) for p in self._own(adapter_name).values()}
+        saved |= {id(p) for _, wrapper in self._wrappers() for p in wrapper.parameters()}
+        return [name for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in saved]
 
     def is_unused(self, adapter_name: str) -> bool:
         """Whether the adapter is not there, or neither loaded nor trained since it was attached."""

@@ -40,9 +40,6 @@ class TTLoraModel(Tuner):
         super()._attach(model, adapter_name, *args, **kwargs)
         config.target_modules = given  # BaseTuner writes in what all-linear means for this model
 
-    def _prepare_adapter_config(self, peft_config: TTLoraConfig, model_config: dict) -> TTLoraConfig:
-        return peft_config
-
     def _prepare_model(self, peft_config: TTLoraConfig, model: nn.Module) -> None:
         """Check the targets and their factors, before any layer is replaced."""
         layers = self._targets = target_layers(peft_config, model)
@@ -130,9 +127,7 @@ class TTLoraModel(Tuner):
         for layer in self.model.modules():
             if isinstance(layer, TTLoraLinear) and adapter_name in layer.tt_config:
                 cores += [core for side in layer.cores(adapter_name) for core in side]
-        own = {id(core) for core in cores}
-        other = [p for p in self.model.parameters() if p.requires_grad and id(p) not in own]
-        return [parameter_row("cores", cores), parameter_row("other", other)]
+        return [parameter_row("cores", cores), self.row_of_others(adapter_name)]
 
 
 def _with_names(names: list[str], repeats: int) -> Callable[..., tuple[tuple, dict[str, Any]]]:

@@ -75,9 +75,6 @@ class TTLoraMoeModel(Tuner):
         if first:
             self.train(model.training)  # as the base was, which itself stays in evaluation mode
 
-    def _prepare_adapter_config(self, peft_config: TTLoraMoeConfig, model_config: dict) -> TTLoraMoeConfig:
-        return peft_config
-
     def _check_target_module_exists(self, peft_config: TTLoraMoeConfig, key: str) -> bool:
         return key in self._experts[0].shapes or key == head_name(self.model)
 
@@ -232,9 +229,7 @@ class TTLoraMoeModel(Tuner):
         """What is trainable in the model, by part: the router, and anything else (nothing)."""
         by_name = (getattr(self._router, name) for name in self._router.adapter_layer_names)
         router = [parameters[adapter_name] for parameters in by_name if adapter_name in parameters]
-        own = {id(p) for p in router}
-        other = [p for p in self.model.parameters() if p.requires_grad and id(p) not in own]
-        return [parameter_row("router", router), parameter_row("other", other)]
+        return [parameter_row("router", router), self.row_of_others(adapter_name)]
 
     def unload(self) -> nn.Module:
         """Return the base model without any adapter, router or hook of ours."""

@@ -383,7 +383,7 @@ def test_a_decoder_without_positions_takes_padded_rows_and_refuses_packed_ones()
             torch.testing.assert_close(
                 logits, reference_logits(bare, adapter_tensors(model), config(), ids, n), **CLOSE
             )
-    with pytest.raises(ValueError, match="BloomModel takes no position_ids.*sample_packing: false"):
+    with pytest.raises(ValueError, match="BloomModel takes no position_ids.*Pad the rows"):
         model(**batch("packed"))
 
 
