@@ -53,7 +53,6 @@ REPLACED = {
 }
 MEANINGLESS = {
     "lora_target_parameters": ["mlp.experts.gate_up_proj"],
-    "lora_modules_to_save": ["embed_tokens"],
     "lora_fan_in_fan_out": True,
     "lora_mlp_kernel": True,
     "lora_qkv_kernel": True,
@@ -63,7 +62,6 @@ MEANINGLESS = {
     "peft_use_rslora": True,
     "peft_init_lora_weights": "pissa",
     "peft_ensure_weight_tying": True,
-    "peft_trainable_token_indices": [1],
     "relora": True,
 }
 QUANTISED_OTHERWISE = ("gptq",)
