@@ -23,15 +23,17 @@ from tests.tiny_adapters import ALPHA, AUX, RANK, K, N, Z
 
 STEPS = 2
 CHECKPOINTING = {"gradient_checkpointing": True}
+REENTRANT = CHECKPOINTING | {"gradient_checkpointing_kwargs": {"use_reentrant": True}}
 PACKED = {"sample_packing": True, "sample_packing_eff_est": 1.0, "micro_batch_size": 1}
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {"save_steps": 1},
-    "reentrant": CHECKPOINTING,
+    # by name: Axolotl's default is the one before 0.20 and the other since
+    "reentrant": REENTRANT,
     "non-reentrant": CHECKPOINTING | {"gradient_checkpointing_kwargs": {"use_reentrant": False}},
     "hidden_states": CHECKPOINTING
     | {"gradient_checkpointing_kwargs": {"use_reentrant": False}, "activation_offloading": "hidden_states"},
     "packed": PACKED,
-    "packed, reentrant": PACKED | CHECKPOINTING,
+    "packed, reentrant": PACKED | REENTRANT,
     "1 x 4": {"micro_batch_size": 1, "gradient_accumulation_steps": 4},
     "4 x 1": {},
     "eager attention": {"attn_implementation": "eager"},
