@@ -249,7 +249,7 @@ def test_a_rank_that_a_cut_cannot_hold_is_warned_of_once_for_each_shape(
 ):
     with pytest.warns(UserWarning) as caught:
         adapted(**settings)
-    (message,) = [str(w.message) for w in caught]
+    (message,) = [str(w.message) for w in caught if "tt_lora" in str(w.message)]
     asked = settings.get("rank", 5)
     assert message.startswith(f"tt_lora.rank: {asked} is more than the cores {cores} of {names} can hold: ")
     assert f"rank {rank}, and {wasted} of the {parameters} parameters" in message
