@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.activations import ACT2FN
 
-from ..shared.tuner import compute_dtype
+from ..shared.precision import compute_dtype
 from .config import PerftConfig
 from .dispatch import dispatch, gather_mm, pad_rank, scatter_mm
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..shared.auxiliary import AuxiliaryLosses
 from ..shared.batches import Sequences
+from ..shared.precision import without_autocast
 from ..shared.routing import Routing, router_logits, top_k_routing
 from .config import PTMoeConfig
 
@@ -109,7 +110,7 @@ class PTMoeLayer(nn.Module, BaseTunerLayer):
             (Q, T, D) in the dtype of the embeddings.
         """
         config = self.ptmoe_config[adapter_name]
-        with torch.autocast(embeds_BSD.device.type, enabled=False):
+        with without_autocast(embeds_BSD.device):
             experts_NTR = self.ptmoe_experts[adapter_name].float()
             loss = None
             if config.num_experts == 1:

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .precision import without_autocast
+
 _P, _R = ParamSpec("_P"), TypeVar("_R")
 
 
@@ -31,7 +33,7 @@ def in_float32(function: Callable[_P, _R]) -> Callable[_P, _R]:
     def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         given = (x[0] if isinstance(x, (list, tuple)) else x for x in (*args, *kwargs.values()))
         device = next(x.device for x in given if isinstance(x, Tensor))
-        with torch.autocast(device.type, enabled=False):
+        with without_autocast(device):
             return function(*args, **kwargs)
 
     return wrapper

@@ -221,12 +221,6 @@ class TunerLayer(BaseTunerLayer):
         return None if parameter is None else parameter.device, None
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of a matrix product with x, as autocast would have it for its own operations."""
-    device_type = x.device.type
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
-
-
 def whole(parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
     """Where a base's parameters can be read outside its forward pass: DeepSpeed's ZeRO-3 loads it in parts.
 

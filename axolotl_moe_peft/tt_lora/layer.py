@@ -17,7 +17,8 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..shared.tuner import TunerLayer, compute_dtype
+from ..shared.precision import compute_dtype, without_autocast
+from ..shared.tuner import TunerLayer
 from .config import TTLoraConfig
 from .factors import Factors
 
@@ -244,7 +245,7 @@ def core_shapes(factors: Factors, rank: int) -> dict[str, tuple[int, int, int]]:
 def build_matrices(cores_in: list[Tensor], cores_out: list[Tensor], alpha: float) -> tuple[Tensor, Tensor]:
     """A transposed (R, I) and alpha * C (R, O), in float32 or wider. Differentiable by the cores."""
     # in bfloat16 the rounding of each core would add up; under autocast the products would be in bfloat16 all the same
-    with torch.autocast(cores_in[0].device.type, enabled=False):
+    with without_autocast(cores_in[0].device):
         down_RI = _contract([core.permute(2, 1, 0) for core in reversed(cores_in)])
         return down_RI, alpha * _contract(cores_out)
 

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..shared.generation import PerThread
-from ..shared.tuner import TunerLayer, compute_dtype
+from ..shared.precision import compute_dtype
+from ..shared.tuner import TunerLayer
 from ..tt_lora.layer import RANK_MULTIPLE, build_matrices, linear_shape
 
 
