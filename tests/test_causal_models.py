@@ -1,4 +1,4 @@
-"""Every causal language model of transformers that can be made tiny: right with a soft prompt and a pool, or refused.
+"""Every causal language model of transformers that can be made tiny: right with an adapter of any base, or refused.
 
 A few model types by day; all of them, some 160, with `SWEEP=all` in the environment.
 """
@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from axolotl_moe_peft import TTLoraConfig, TTLoraMoeConfig
+from axolotl_moe_peft.tt_lora import TTLoraLinear
 from tests.causal_models import causal_model_types, is_tiny, tiny_causal_model
 from tests.pt_moe.prompts import T, adapter_tensors, config, randomise_prompts
 from tests.tiny_models import PAD, random_ids
@@ -136,6 +138,48 @@ def test_a_soft_prompt_is_as_one_built_by_hand_or_refused(model_type):
             continue
         found = greedy_or_refused(model, rows[0], use_cache=use_cache)
         assert found is None or torch.equal(found, tokens[len(rows[0]) :])
+
+
+@torch.no_grad()
+def merged_by_hand(bare: PreTrainedModel, model: PeftModel) -> PreTrainedModel:
+    """The bare model with the product of each layer's cores, one core after the other, added to its weight."""
+    for name, layer in model.base_model.model.named_modules():
+        if isinstance(layer, TTLoraLinear):
+            cores_in, cores_out = layer.cores("default")
+            down_IR, up_RO = cores_in[0][0], cores_out[0]
+            for core in cores_in[1:]:  # the first core has the fastest digit of the inputs
+                down_IR = torch.einsum("sb,btc->tsc", down_IR, core).flatten(0, 1)
+            for core in cores_out[1:]:  # the last one that of the outputs
+                up_RO = torch.einsum("asb,btc->astc", up_RO, core).flatten(1, 2)
+            delta_IO = layer.tt_config["default"].alpha * down_IR @ up_RO[..., 0]
+            weight = bare.get_submodule(name).weight
+            weight += delta_IO if isinstance(layer.base_layer, Conv1D) else delta_IO.T
+    return bare
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_a_low_rank_update_is_as_in_the_weights_and_learns_or_is_refused(model_type):
+    adapter = TTLoraConfig(rank=2, alpha=100, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = attached(tiny_causal_model(model_type), lambda: adapter)
+    if model is None:
+        return
+    merged, rows = merged_by_hand(tiny_causal_model(model_type), model), random_ids(2, 9)
+    with torch.no_grad():
+        expected = merged(input_ids=rows, use_cache=False).logits
+        torch.testing.assert_close(model(input_ids=rows, use_cache=False).logits, expected, **CLOSE)
+        for use_cache in (True, False):
+            tokens = merged.generate(input_ids=rows, **GREEDY, use_cache=use_cache)
+            assert torch.equal(model.generate(input_ids=rows, **GREEDY, use_cache=use_cache), tokens)
+    bare, batch = tiny_causal_model(model_type), {"input_ids": random_ids(8, 16), "labels": random_ids(8, 16)}
+    for trained in (bare, model):
+        trained(**batch, use_cache=False).loss.backward()
+    for name, layer in model.base_model.model.named_modules():
+        if isinstance(layer, TTLoraLinear) and has_gradient(bare.get_submodule(name).weight):
+            assert all(has_gradient(core) for side in layer.cores("default") for core in side), name
+
+
+def has_gradient(parameter: nn.Parameter) -> bool:
+    return parameter.grad is not None and bool(parameter.grad.any())
 
 
 @pytest.mark.parametrize("model_type", TYPES)
