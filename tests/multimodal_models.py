@@ -19,8 +19,8 @@ _IDS = {
 # patches of an image, 4 x 4 of them with 4 x 4 pixels each (of two frames), and how they lie
 _PATCHES = {"pixel_values": (16, 3 * 2 * 4 * 4)}
 _GRID = {"image_grid_thw": torch.tensor([[1, 4, 4]])}
-_MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}}
-_QWEN3_VISION = {
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}}
+VISION = {
     "depth": 2,
     "hidden_size": 16,
     "intermediate_size": 16,
@@ -48,14 +48,14 @@ _TABLE: dict[str, tuple[str | dict[str, Any], dict[str, Any], dict[str, Any], di
             "num_experts": 4,
             "num_experts_per_tok": 2,
             "pad_token_id": PAD,
-            **_MROPE,
+            **MROPE,
         },
-        {**_QWEN3_VISION, "deepstack_visual_indexes": [0]},
+        {**VISION, "deepstack_visual_indexes": [0]},
         _IDS,
         _PATCHES,
         _GRID,
     ),
-    "qwen3_5_moe": ("qwen3_5_moe_text", _QWEN3_VISION, _IDS, _PATCHES, _GRID),
+    "qwen3_5_moe": ("qwen3_5_moe_text", VISION, _IDS, _PATCHES, _GRID),
     "llama4": (
         "llama4_text",
         {
@@ -107,7 +107,7 @@ _TABLE: dict[str, tuple[str | dict[str, Any], dict[str, Any], dict[str, Any], di
             "moe_num_shared_experts": 1,
             "mlp_layer_types": ["sparse", "sparse"],
             "pad_token_id": PAD,
-            **_MROPE,
+            **MROPE,
         },
         {
             "depth": 1,

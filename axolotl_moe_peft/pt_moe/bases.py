@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from ..shared.decoder import decoder_of
 from ..shared.generation import CACHE_NAMES, arguments_of
 from .config import PTMoeConfig
+from .mrope import prompted_part, without_earlier_positions
 
 _NEEDED_ARGUMENTS = ("inputs_embeds", "attention_mask")
 # What reads token ids beside the embeddings: Gemma's embeddings per layer, DeepSeek-V4's routing by token.
@@ -30,7 +30,7 @@ def check_base(model: nn.Module, config: PTMoeConfig) -> None:
     Raises:
         ValueError: it cannot, with the reason.
     """
-    decoder = decoder_of(model)
+    decoder = prompted_part(model)
     _check_kind(model, decoder)
     _check_sizes(model, config)
     weight = decoder.get_input_embeddings().weight
@@ -69,12 +69,6 @@ def _check_kind(model: nn.Module, decoder: nn.Module) -> None:
             f"pt_moe: {name} is an encoder: its first token stands for the whole text, and with a prompt that is the "
             f"prompt's. Use a decoder, or `adapter: lora`."
         )
-    rotary = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    if "mrope_section" in rotary:
-        raise ValueError(
-            f"pt_moe: {name} gives the tokens of images positions of several dimensions (mrope), which a prompt's are "
-            f"not known in. {_INSTEAD}"
-        )
 
 
 def _is_encoder(model: nn.Module) -> bool:
@@ -105,19 +99,19 @@ def _check_sizes(model: nn.Module, peft_config: PTMoeConfig) -> None:
 
 def embedding_width(model: nn.Module) -> int:
     """D, the width of what goes into the decoder; in some models not that of its hidden states."""
-    embedding = decoder_of(model).get_input_embeddings()
+    embedding = prompted_part(model).get_input_embeddings()
     return getattr(embedding, "embedding_dim", None) or embedding.weight.shape[-1]
 
 
-def keeps_apart(decoder: nn.Module) -> bool:
-    """Whether positions that begin again keep the segments of a row apart.
+def keeps_apart(decoder: nn.Module, kinds: int | None = None) -> bool:
+    """Whether positions that begin again keep the segments of a row apart; positions (B, S), or of several kinds.
 
     They do where the attention mask is made of them, and where flash attention reads them; not where the mask is made
     without them, nor in layers that go from token to token by a state (Mamba's, linear attention's, convolutions).
     """
     config = decoder.config.get_text_config()
-    kinds = [*(getattr(config, "layer_types", None) or ()), *(getattr(config, "layers_block_type", None) or ())]
-    if any("attention" not in kind or "linear" in kind or "hybrid" in kind for kind in kinds):
+    layers = [*(getattr(config, "layer_types", None) or ()), *(getattr(config, "layers_block_type", None) or ())]
+    if any("attention" not in layer or "linear" in layer or "hybrid" in layer for layer in layers):
         return False
     weight = decoder.get_input_embeddings().weight
     if "position_ids" not in arguments_of(type(decoder).forward):
@@ -125,6 +119,8 @@ def keeps_apart(decoder: nn.Module) -> bool:
     if config._attn_implementation not in ("eager", "sdpa") or not _has_values(weight):
         return True
     embeds, position_ids = weight.new_zeros(1, 4, weight.shape[1]), torch.tensor([[0, 1, 0, 1]], device=weight.device)
+    if kinds is not None:
+        position_ids = position_ids.expand(kinds, -1, -1)
     with _in_evaluation(decoder), torch.no_grad():
         _, arrived = _arriving(decoder, decoder, True, inputs_embeds=embeds, position_ids=position_ids)
     masks = [part for part in arrived if part is not None and part.dim() == 4 and part.shape[-2:] == (4, 4)]
@@ -139,7 +135,7 @@ def _check_inputs(model: nn.Module, decoder: nn.Module, device: torch.device) ->
     """Check that prompts that are put into the decoder arrive at its layers as text would."""
     ids = torch.arange(1, 4, device=device).unsqueeze(0) % decoder.get_input_embeddings().weight.shape[0]
     position_ids = torch.arange(3, device=device).unsqueeze(0)
-    with _in_evaluation(model), torch.no_grad():
+    with _in_evaluation(model), without_earlier_positions(model), torch.no_grad():
         embeds = decoder.get_input_embeddings()(ids)  # CTRL scales those that it is given in place
         calls, from_ids = _arriving(model, decoder, input_ids=ids)
         if not calls:

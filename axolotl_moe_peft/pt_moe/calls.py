@@ -11,8 +11,13 @@ from .config import PTMoeConfig
 _PER_TOKEN_ARGUMENTS = ("token_type_ids", "cache_position", "read_index")
 
 
-def check_arguments(call: dict[str, Any]) -> None:
-    """Check that nothing says of each token what is not known of the prompt's."""
+def check_arguments(call: dict[str, Any], several_kinds: bool) -> None:
+    """Check that nothing says of each token what is not known of the prompt's.
+
+    Args:
+        call: the decoder's arguments.
+        several_kinds: whether its positions may be of several kinds.
+    """
     for name in _PER_TOKEN_ARGUMENTS:
         if call.get(name) is not None:
             raise ValueError(f"pt_moe: `{name}` is not supported, as it says nothing of the prompt's positions.")
@@ -24,9 +29,18 @@ def check_arguments(call: dict[str, Any]) -> None:
             "of shape (batch, length), or none and positions that restart at every segment."
         )
     position_ids = call.get("position_ids")
-    if position_ids is not None and position_ids.dim() != 2:
+    if position_ids is not None and position_ids.dim() != 2 and not (several_kinds and position_ids.dim() == 3):
         raise ValueError(
             f"pt_moe: position_ids of shape {tuple(position_ids.shape)} are not supported, only (batch, length)."
+        )
+
+
+def check_images(decoder: nn.Module, position_KBS: Tensor) -> None:
+    """Check that there are no images in a call of a decoder whose images do not move with the text before them."""
+    if bool((position_KBS != position_KBS[:1]).any()):
+        raise ValueError(
+            f"pt_moe: {type(decoder).__name__} is given positions of images that do not move with the text before "
+            "them, or not as far as can be told, so that a prompt's are not known. Call it on text alone."
         )
 
 

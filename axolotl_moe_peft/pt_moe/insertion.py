@@ -33,11 +33,14 @@ from ..shared.generation import (
 )
 from ..shared.trainer_step import labels_of
 from .bases import keeps_apart
-from .calls import check_arguments, check_cache, check_isolation, check_length, check_mask_length
+from .calls import check_arguments, check_cache, check_images, check_isolation, check_length, check_mask_length
 from .config import PTMoeConfig
 from .layer import PTMoeLayer
 from .layout import Layout, insert_ones
+from .mrope import has_several_kinds, images_follow_text
 
+# which tokens are of images, in words of vision-language models
+_OF_IMAGES = ("visual_pos_masks", "moe_mm_token_type_ids")
 _FLASH_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
@@ -45,6 +48,7 @@ _FLASH_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_lengt
 class _Call:
     """What the decoder of a running call does not see."""
 
+    input_ids: Tensor | None = None
     labels: Tensor | None = None
     position_ids: Tensor | None = None
     stream: Stream | None = None
@@ -57,6 +61,7 @@ class _Inserted:
     decided_by: str
     inserted: int
     layout: Layout | None = None
+    rows: dict[str, Tensor] | None = None
     note: CacheNote | None = None
 
 
@@ -74,7 +79,9 @@ class PromptInsertion:
         self.takes_positions = "position_ids" in arguments_of(type(decoder).forward)
         self.max_positions = getattr(decoder.config.get_text_config(), "max_position_embeddings", None)
         self._predicts_tokens = predicts_tokens(model)  # else what it reads has no answer in it
-        self.keeps_apart = keeps_apart(decoder)
+        self.several_kinds = has_several_kinds(model)
+        self.keeps_apart = {kinds: keeps_apart(decoder, kinds) for kinds in (None, 3, 4)[: 1 + 2 * self.several_kinds]}
+        self.images_follow_text = images_follow_text(model)
         self._thread = PerThread()
         self._generation = Generation(model, "pt_moe", self._is_active)
         self._handles = [
@@ -96,7 +103,8 @@ class PromptInsertion:
     def _begin_call(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         call = bind(model, args, kwargs)
         stream = self._generation.stream(call)
-        self._thread.call = _Call(labels_of(call) if self._predicts_tokens else None, call.get("position_ids"), stream)
+        labels = labels_of(call) if self._predicts_tokens else None
+        self._thread.call = _Call(call.get("input_ids"), labels, call.get("position_ids"), stream)
 
     def _end_call(self, model: nn.Module, args: tuple, output: Any) -> None:
         self._thread.call = _Call()
@@ -113,14 +121,15 @@ class PromptInsertion:
         note = check_continued("pt_moe", cache, decided_by, "no prompt")
         if adapter_name is None:
             return None
-        check_arguments(call)
+        check_arguments(call, self.several_kinds)
         check_cache(cache)
         if note is not None:
             call = self._continue(self.layer.ptmoe_config[adapter_name], cache, note, call)
             self._thread.inserted = _Inserted(decided_by, note.inserted, note=note)
             return (), call
         layout, call = self._begin(adapter_name, cache, call)
-        self._thread.inserted = _Inserted(decided_by, self.layer.ptmoe_config[adapter_name].num_virtual_tokens, layout)
+        count = self.layer.ptmoe_config[adapter_name].num_virtual_tokens
+        self._thread.inserted = _Inserted(decided_by, count, layout, self._to_note(layout, call))
         return (), call
 
     def _strip(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
@@ -131,7 +140,7 @@ class PromptInsertion:
         if layout is None:
             inserted.note.update(cache)
             return None
-        keep(cache, inserted.decided_by, None if layout.packed else {"prompt_end": layout.ends()}, inserted.inserted)
+        keep(cache, inserted.decided_by, inserted.rows, inserted.inserted)
         if isinstance(output, tuple):
             return layout.strip(output)
         for name, part in output.items():
@@ -166,10 +175,16 @@ class PromptInsertion:
             "inputs_embeds": layout.insert(embeds_BSD, prompts_QTD),
             "attention_mask": mask,
         }
+        position_ids, kinds = call.get("position_ids"), None
+        if position_ids is not None and position_ids.dim() == 3:
+            if not self.images_follow_text:
+                check_images(decoder, position_ids)
+            kinds = len(position_ids)
         if self.takes_positions:
-            new["position_ids"] = layout.position_BL
+            new["position_ids"] = layout.position_BL if kinds is None else layout.move(position_ids)
+        new |= {name: layout.grow_mask(call[name], 0) for name in _OF_IMAGES if call.get(name) is not None}
         if mask is None and layout.isolated:
-            apart = self.keeps_apart if layout.packed else self.takes_positions
+            apart = self.keeps_apart.get(kinds, False) if layout.packed else self.takes_positions
             check_isolation(decoder, apart, cache is not None, layout.shape[0])
             new["use_cache"] = False  # nor does it with a cache, and a new one is its default
         if call.get("seq_idx") is not None:
@@ -189,6 +204,9 @@ class PromptInsertion:
             )
         if labels is not None and labels.shape != embeds_BSD.shape[:2]:
             labels = None
+        ids = self._call.input_ids  # what is inside a vision-language model gets embeddings
+        if call.get("input_ids") is None and ids is not None and ids.shape == embeds_BSD.shape[:2]:
+            call = call | {"input_ids": ids}
         call = {name: value for name, value in call.items() if value is not None}
         call |= {"labels": labels, "position_ids": self._positions(call, embeds_BSD.shape[1])}
         return only_input(find_sequences(call, config.router_input if routed else "sequence"), self._call.stream)
@@ -202,6 +220,17 @@ class PromptInsertion:
         position = torch.arange(length, device=ends.device)
         return (position - ends[torch.searchsorted(ends, position, right=True) - 1]).unsqueeze(0)
 
+    def _to_note(self, layout: Layout, call: dict[str, Any]) -> dict[str, Tensor] | None:
+        """What has to be known of a cache's rows to continue them."""
+        if layout.packed:
+            return None
+        rows = {"prompt_end": layout.ends()}
+        if self.several_kinds:
+            position_ids = call["position_ids"]
+            ahead_B = layout.ahead(position_ids) if position_ids.dim() == 3 else torch.zeros_like(rows["prompt_end"])
+            rows["ahead"] = ahead_B
+        return rows
+
     # -------------------------------------------------------------------------------- a cache that has its prompts
 
     def _continue(self, config: PTMoeConfig, cache: Cache, note: CacheNote, call: dict[str, Any]) -> dict[str, Any]:
@@ -210,7 +239,9 @@ class PromptInsertion:
         new = (call["input_ids"] if call.get("input_ids") is not None else call["inputs_embeds"]).shape[1]
         self._check_note(note, past)
         mask, position_ids = call.get("attention_mask"), call.get("position_ids")
-        if mask is None:
+        if mask is None and self.several_kinds:
+            position_ids = past + torch.arange(new, device=note.rows["ahead"].device).unsqueeze(0)
+        elif mask is None:
             position_ids = None if position_ids is None else position_ids + config.num_virtual_tokens
         else:
             if past is not None:
@@ -221,6 +252,9 @@ class PromptInsertion:
             # the cache counts padding, which is no position
             length = past + new if position_ids is None else int(position_ids.max()) + 1
             check_length(length, self.max_positions, config)
+        if self.several_kinds:
+            # as text, which the models themselves take it for; what they know of earlier positions is the last call's
+            position_ids = position_ids + note.rows["ahead"].unsqueeze(1)
         call = call | {"attention_mask": mask}
         return call | {"position_ids": position_ids} if self.takes_positions else call
 

@@ -1,7 +1,7 @@
 """Where tokens and prompts are in a batch's rows once a prompt stands before every sequence.
 
 Shape suffixes: B rows, S their length, L their length with the prompts in, Q sequences (rows, or the segments of
-packed rows), T virtual tokens, D model width.
+packed rows), T virtual tokens, D model width, K kinds of positions (mrope).
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class Layout:
 
     Attributes:
         shape: (B, L).
+        index_BS: the number of each token's sequence; -1 for padding.
         token_BS: where each token went.
         prompt_QT: where the prompts are.
         position_BL: counts from 0 at each prompt's start; 0 for padding, which so is a segment of its own.
@@ -48,6 +49,7 @@ class Layout:
     """
 
     shape: tuple[int, int]
+    index_BS: Tensor
     token_BS: Tensor
     prompt_QT: Tensor
     position_BL: Tensor
@@ -77,7 +79,8 @@ class Layout:
         position = index_BS.new_zeros(shape).flatten()
         position[token_BS] = position_BS
         position[prompt_QT] = within_T
-        return cls(shape, token_BS, prompt_QT, position.view(shape), longest, most > 1 or padding > 0, most > 1)
+        isolated, packed = most > 1 or padding > 0, most > 1
+        return cls(shape, index_BS, token_BS, prompt_QT, position.view(shape), longest, isolated, packed)
 
     def insert(self, embeds_BSD: Tensor, prompts_QTD: Tensor) -> Tensor:
         """Embeddings (B, S, D) with the prompts (Q, T, D), of one dtype, where they belong: (B, L, D)."""
@@ -86,11 +89,32 @@ class Layout:
         rows = rows.index_copy(0, self.prompt_QT.flatten(), prompts_QTD.flatten(0, 1))
         return rows.view(*self.shape, -1)
 
-    def grow_mask(self, mask_BS: Tensor) -> Tensor:
-        """An attention mask (B, S) with ones for the prompts: (B, L)."""
+    def move(self, position_KBS: Tensor) -> Tensor:
+        """Positions of several kinds with those of the prompts, text that moves all that follows it: (K, B, L)."""
+        position_KBS = position_KBS.expand(-1, self.index_BS.shape[0], -1)
+        count = self.prompt_QT.shape[1]
+        rows = position_KBS.new_zeros(len(position_KBS), self.shape[0] * self.shape[1])
+        rows[:, self.token_BS] = position_KBS
+        first_KQ = rows[:, self.prompt_QT[:, -1] + 1]
+        moved_KBS = position_KBS - F.pad(first_KQ, (0, 1))[:, self.index_BS] + count
+        rows[:, self.token_BS] = moved_KBS.masked_fill(self.index_BS < 0, 0)
+        rows[:, self.prompt_QT] = torch.arange(count, device=rows.device)
+        return rows.view(-1, *self.shape)
+
+    def ahead(self, position_KBL: Tensor) -> Tensor:
+        """How far the positions of each row, after `move`, are ahead of the number of its tokens: int64 (B,).
+
+        Images make them fall behind (or run ahead), and text that follows goes on from there. The first of four kinds
+        is the text's own count.
+        """
+        position_KBL = position_KBL[1:] if len(position_KBL) == 4 else position_KBL
+        return position_KBL.amax((0, 2)) - self.position_BL.amax(1)
+
+    def grow_mask(self, mask_BS: Tensor, of_prompts: int = 1) -> Tensor:
+        """An attention mask (B, S) with ones for the prompts, or another one with what they are in it: (B, L)."""
         mask = mask_BS.new_zeros(self.shape).flatten()
         mask[self.token_BS] = mask_BS
-        mask[self.prompt_QT] = 1
+        mask[self.prompt_QT] = of_prompts
         return mask.view(self.shape)
 
     def ends(self) -> Tensor:

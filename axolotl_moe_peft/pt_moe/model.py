@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from ..shared.auxiliary import AuxiliaryLosses
-from ..shared.decoder import decoder_of
 from ..shared.statistics import RouterStatistics
 from ..shared.summary import ParameterRow, parameter_row
 from ..shared.tuner import Tuner, whole
@@ -18,6 +17,7 @@ from .bases import check_base, embedding_width
 from .config import PTMoeConfig
 from .insertion import PromptInsertion
 from .layer import PTMoeLayer
+from .mrope import prompted_part
 
 _LAYER_NAME = "soft_prompt"
 # Many different tokens, so that the embeddings span almost as many directions as there are virtual tokens.
@@ -67,7 +67,7 @@ class PTMoeModel(Tuner):
 
     def _prepare_model(self, peft_config: PTMoeConfig, model: nn.Module) -> None:
         check_base(model, peft_config)
-        decoder = decoder_of(model)
+        decoder = prompted_part(model)
         self._embedding_name = next(n for n, m in model.named_modules() if m is decoder.get_input_embeddings())
 
     def _check_target_module_exists(self, peft_config: PTMoeConfig, key: str) -> bool:
@@ -86,8 +86,8 @@ class PTMoeModel(Tuner):
         """Add the adapter to the decoder's layer; the target, the token embeddings, stays as it is."""
         if self._layer is None:
             layer = PTMoeLayer(AuxiliaryLosses(self.model))
-            layer.insertion = PromptInsertion(layer, self.model, decoder_of(self.model))
-            decoder_of(self.model).add_module(_LAYER_NAME, layer.train(self.model.training))
+            layer.insertion = PromptInsertion(layer, self.model, prompted_part(self.model))
+            prompted_part(self.model).add_module(_LAYER_NAME, layer.train(self.model.training))
         layer, weight = self._layer, target.weight
         layer.update_layer(adapter_name, peft_config, embedding_width(self.model), weight.device)
         if not layer.ptmoe_experts[adapter_name].is_meta:  # else it is loaded, or materialised from another process
@@ -139,11 +139,11 @@ class PTMoeModel(Tuner):
 
     @property
     def _layer(self) -> PTMoeLayer | None:
-        return getattr(decoder_of(self.model), _LAYER_NAME, None)
+        return getattr(prompted_part(self.model), _LAYER_NAME, None)
 
     def unload(self) -> nn.Module:
         """Return the base model without any adapter or hook of ours."""
         self.auxiliary.detach()
         self._layer.insertion.detach()
-        delattr(decoder_of(self.model), _LAYER_NAME)
+        delattr(prompted_part(self.model), _LAYER_NAME)
         return super().unload()

@@ -11,14 +11,14 @@ def decoder_of(model: nn.Module) -> nn.Module:
     """The decoder of a model of transformers; the model itself if it is nothing more."""
     decoder = model.base_model
     if decoder is model:  # its prefix is not where its decoder is, as Llama4ForCausalLM's
-        return _around_embeddings(model) or model
+        return around_embeddings(model) or model
     children = list(decoder.children())
     if len(children) == 1 and _takes_embeddings(children[0]):
         return children[0]  # the head calls what OPTModel or BartDecoderWrapper only wraps
     return decoder
 
 
-def _around_embeddings(model: nn.Module) -> nn.Module | None:
+def around_embeddings(model: nn.Module) -> nn.Module | None:
     """The outermost part of a model that takes embeddings and has their table."""
     table = model.get_input_embeddings()
     parts = (module for module in model.modules() if module is not model and _takes_embeddings(module))

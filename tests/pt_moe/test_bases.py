@@ -13,8 +13,6 @@ from transformers import (
     OPTConfig,
     OPTForCausalLM,
     PreTrainedModel,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
     RobertaConfig,
     RobertaForCausalLM,
     RobertaForMaskedLM,
@@ -32,13 +30,6 @@ SMALL = {
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
 }
-
-
-def vision_language() -> PreTrainedModel:
-    rotary = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 100.0}
-    text = SMALL | {"num_key_value_heads": 2, "rope_parameters": rotary}
-    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
-    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
 
 
 class NotAsAWhole(OPTForCausalLM):
@@ -60,7 +51,6 @@ REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
         lambda: RobertaForCausalLM(RobertaConfig(**SMALL, is_decoder=True)),
         "RobertaModel does not count a text's positions 0, 1, 2",
     ),
-    "positions of images": (vision_language, "positions of several dimensions"),
     "no whole decoder": (lambda: opt(NotAsAWhole), "does not call its OPTDecoder as a whole"),
 }
 
