@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     PretrainedConfig,
+    PreTrainedModel,
 )
 
 from .attach import peft_config
@@ -30,14 +31,10 @@ def check_base_model(cfg: DictDefault) -> None:
     """
     architecture, config = load_model_config(cfg), peft_config(cfg)
     _check_room_before_the_text(cfg, architecture, config)
-    # as the host's own loader chooses
-    reads_images = cfg.is_multimodal and type(architecture) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    is_known = reads_images or type(architecture) in MODEL_FOR_CAUSAL_LM_MAPPING
-    if not is_known or cfg.reward_model or cfg.process_reward_model:
-        return  # remote code or a classifier: the check waits until it is loaded
     with torch.device("meta"):
-        auto_class = AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
-        model = auto_class.from_config(architecture)
+        model = model_without_weights(cfg)
+    if model is None:
+        return  # remote code or a classifier: the check waits until it is loaded
     # what there is to warn of is said once, when the adapter is attached; and where the base's own code needs values
     # (JetMoe's router counts tokens in Python) the check waits until then, too
     with warnings.catch_warnings(), contextlib.suppress(NotImplementedError):
@@ -47,6 +44,23 @@ def check_base_model(cfg: DictDefault) -> None:
             model.base_model.add_what_is_new(config)
         else:
             get_peft_model(model, config)
+
+
+def model_without_weights(cfg: DictDefault, **settings: Any) -> PreTrainedModel | None:
+    """The base model's architecture, on the device of the context; None if it is not one of transformers' for text.
+
+    Args:
+        cfg: the validated YAML.
+        settings: of the model, as `from_config` takes them; those that are None are left out.
+    """
+    architecture = load_model_config(cfg)
+    # as the host's own loader chooses
+    reads_images = cfg.is_multimodal and type(architecture) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    is_known = reads_images or type(architecture) in MODEL_FOR_CAUSAL_LM_MAPPING
+    if not is_known or cfg.reward_model or cfg.process_reward_model:
+        return None
+    auto_class = AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
+    return auto_class.from_config(architecture, **{key: s for key, s in settings.items() if s is not None})
 
 
 def _check_room_before_the_text(cfg: DictDefault, architecture: PretrainedConfig, config: PeftConfig) -> None:

@@ -37,10 +37,16 @@ class MoePeftPlugin(BasePlugin):
 
     def load_datasets(self, cfg: DictDefault, preprocess: bool = False) -> None:
         if cfg.adapter in METHODS:
+            from axolotl.utils.distributed import is_main_process
+
             from .base_model import check_base_model
 
             # the first hook after validation: a base that does not fit should fail before an hour of tokenising
             check_base_model(cfg)
+            if not preprocess and is_main_process():
+                from .memory import free_memory, log_estimate
+
+                log_estimate(cfg, free_memory())
 
     def pre_model_load(self, cfg: DictDefault) -> None:
         if cfg.adapter in METHODS:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,12 +45,17 @@ def format_table(rows: list[ParameterRow]) -> str:
     cells = [(r.part, str(r.tensors), f"{r.parameters:,}", f"{r.activated:,}", r.dtype) for r in rows]
     total = [sum(column) for column in zip(*((r.tensors, r.parameters, r.activated) for r in rows))]
     cells.append(("total", str(total[0]), f"{total[1]:,}", f"{total[2]:,}", ""))
-    widths = [max(len(row[i]) for row in [_HEADER, *cells]) for i in range(len(_HEADER))]
+    return format_columns([_HEADER, *cells], right=(1, 2, 3))
+
+
+def format_columns(rows: Sequence[Sequence[str]], right: Collection[int]) -> str:
+    """Rows of text in columns, those of the numbers in `right` to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join(
         "  ".join(
-            cell.ljust(w) if i in (0, 4) else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))
+            cell.rjust(width) if i in right else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths))
         ).rstrip()
-        for row in [_HEADER, *cells]
+        for row in rows
     )
 
 
@@ -64,13 +69,14 @@ def format_memory(rows: Sequence[ParameterRow], optimizer: torch.optim.Optimizer
     values = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     states = sum(_on_this_process(value).nbytes for value in values)
     parts = {"parameters": size, "gradients": size, "states of the optimiser": states}
-    line = " + ".join(f"{name} {_mebibytes(value)}" for name, value in parts.items())
-    return f"{line} = {_mebibytes(sum(parts.values()))}"
+    line = " + ".join(f"{name} {format_size(value)}" for name, value in parts.items())
+    return f"{line} = {format_size(sum(parts.values()))}"
 
 
 def _on_this_process(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def _mebibytes(size: int) -> str:
-    return f"{size / 2**20:,.2f} MiB"
+def format_size(size: int) -> str:
+    """Bytes in MiB, or from 10 GiB on in GiB."""
+    return f"{size / 2**30:,.2f} GiB" if size >= 10 * 2**30 else f"{size / 2**20:,.2f} MiB"

@@ -225,6 +225,16 @@ def test_log_has_the_parameter_table(variant: str, trained: Callable[[str], Run]
     size, states = (f"{4 * n / 2**20:,.2f} MiB" for n in (total, 2 * total))
     memory = f"memory of the adapter: parameters {size} + gradients {size} + states of the optimiser {states} ="
     assert memory in run.output
+    estimated = run.output[run.output.index("memory that training will take on each process, estimated:") :]
+    assert [line.split()[0] for line in estimated.splitlines()[1:7]] == [
+        "base",
+        "adapter",
+        "gradients",
+        "optimiser",
+        "activations",
+        "total",
+    ]
+    assert "?" not in estimated.split("total")[0]
 
 
 def test_the_start_is_that_of_the_seed_and_without_one_of_the_hosts(

@@ -22,3 +22,21 @@ def export_tt_lora(adapter: str, out_folder: str) -> None:
     except (OSError, ValueError) as error:
         raise click.ClickException(str(error)) from error
     click.echo(f"wrote {len(tensors)} tensors to {out_folder}")
+
+
+@click.command("moe-memory", short_help="what memory a config's training will take")
+@click.argument("config", type=click.Path(exists=True, dir_okay=False))
+def moe_memory(config: str) -> None:
+    """Print the memory that training with the YAML CONFIG will take on each process, and what would make it less.
+
+    No weights are loaded. CUDA itself and the fragmentation of its memory take about 1 GiB beside it.
+    """
+    from axolotl.cli.config import load_cfg
+
+    from axolotl_moe_peft.host.memory import report
+
+    try:
+        text = report(load_cfg(config))
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(text)
