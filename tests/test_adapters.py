@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import PeftModel, get_peft_model, inject_adapter_in_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -239,14 +239,49 @@ def test_a_deep_copy_is_independent(kind, adapted):
     assert torch.equal(logits(model), logits(adapted(kind)))
 
 
-# the experts of a pool stay as they were trained
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if BLOCKS[kind][0] != "tt_lora_moe"])
+@every_kind
 def test_autocast_adapter_dtype_false_takes_the_bases_dtype_and_warns(kind, experts_of):
     config = config_of(kind, experts_of(families(kind)[0]))
     with pytest.warns(UserWarning, match="rates most updates of a router then round away"):
         model = get_peft_model(base_of(kind).bfloat16(), config, autocast_adapter_dtype=False)
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    frozen_experts = {name for name, _ in model.named_parameters() if "ttmoe_cores" in name}
+    assert {p.dtype for name, p in model.named_parameters() if name not in frozen_experts} == {torch.bfloat16}
+    experts = get_peft_model(base_of(kind), config_of(kind, experts_of(families(kind)[0]))).state_dict()
+    assert all(torch.equal(model.state_dict()[name], experts[name]) for name in frozen_experts)
     assert logits(model.eval()).dtype == torch.bfloat16
+
+
+@every_kind
+def test_adapters_that_are_to_be_added_up_are_refused_in_words(kind, adapted, experts_of):
+    model = adapted(kind)
+    model.add_adapter("second", config_of(kind, experts_of(families(kind)[0])))
+    with pytest.raises(TypeError, match="add_weighted_adapter: adapters of type"):
+        model.add_weighted_adapter(["default", "second"], [0.5, 0.5], "both")
+
+
+@every_kind
+def test_the_status_of_a_model_and_its_layers_is_as_with_lora(kind, adapted, experts_of):
+    lora = get_peft_model(base_of(kind), LoraConfig(target_modules="all-linear"))
+    lora.add_adapter("second", LoraConfig(target_modules="all-linear"))
+    model = adapted(kind).train()
+    model.add_adapter("second", config_of(kind, experts_of(families(kind)[0])))
+    same = ("enabled", "active_adapters", "merged_adapters", "available_adapters", "devices", "quantization_backend")
+    for name in ("default", "second"):
+        for each in (lora, model):
+            each.set_adapter(name)
+        status, expected = model.get_model_status(), lora.get_model_status()
+        for field in same:
+            assert getattr(status, field) == getattr(expected, field), field
+        trained = status.requires_grad[name]
+        # the experts of a pool are frozen, its router is trained
+        assert trained == ("irregular" if BLOCKS[kind][0] == "tt_lora_moe" else True)
+        assert not status.requires_grad["second" if name == "default" else "default"]
+        assert status.trainable_params == sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert status.num_adapter_layers == len(model.get_layer_status()) > 0
+        for layer, of_lora in zip(model.get_layer_status(), lora.get_layer_status()):
+            assert [getattr(layer, field) for field in same] == [getattr(of_lora, field) for field in same]
+    with model.disable_adapter(), lora.disable_adapter():
+        assert model.get_model_status().enabled is lora.get_model_status().enabled is False
 
 
 @every_kind

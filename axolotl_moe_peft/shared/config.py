@@ -15,9 +15,14 @@ from .method import Method
 
 @dataclass
 class AdapterConfig(Method, PeftConfig):
-    """A PeftConfig whose adapter is saved whole or not at all."""
+    """A PeftConfig whose adapter is saved whole or not at all.
+
+    Attributes:
+        is_saved: whether it comes from a saved adapter's file.
+    """
 
     def __post_init__(self) -> None:
+        self.is_saved = self.peft_version is not None  # which PEFT fills in
         super().__post_init__()
         # names of the tensors that a file of the adapter has; its tuner notes them
         self._tensor_names: frozenset[str] = frozenset()

@@ -77,9 +77,12 @@ def undo_failed_loads() -> None:
         unused = is_unused is not None and is_unused(adapter_name)
         try:
             return load_adapter(self, *args, **kwargs)
-        except BaseException:
+        except BaseException as error:
+            missing = None if is_unused is None else self.base_model.missing_from_file(adapter_name, error)
             if unused:
                 self.base_model.undo_attaching(adapter_name)
+            if missing:
+                raise RuntimeError(missing) from None
             raise
 
     setattr(undone_on_failure, _MARK, True)

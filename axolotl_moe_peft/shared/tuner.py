@@ -132,9 +132,7 @@ class Tuner(BaseTuner):
         if autocast_adapter_dtype:
             return
         narrow = set()
-        for layer in self.modules():
-            if not isinstance(layer, BaseTunerLayer):
-                continue
+        for layer in self._layers_of_any_dtype():
             dtype = _floating_dtype(layer.base_layer if hasattr(layer, "base_layer") else self.model)
             for name, parameter in layer.named_parameters():
                 if self._is_own(name, adapter_name):
@@ -147,6 +145,10 @@ class Tuner(BaseTuner):
                 stacklevel=2,
             )
 
+    def _layers_of_any_dtype(self) -> Iterator[BaseTunerLayer]:
+        """The layers whose parameters may have the base's dtype."""
+        return (layer for layer in self.modules() if isinstance(layer, BaseTunerLayer))
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:
@@ -156,6 +158,26 @@ class Tuner(BaseTuner):
                 "`disable_adapter()` for those of the base."
             )
         yield
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: PEFT adds adapters up for LoRA, in its weights.
+
+        Raises:
+            TypeError: always, as from PEFT's other tuners.
+        """
+        raise TypeError(
+            f"add_weighted_adapter: adapters of type {self._peft_type} cannot be added up; PEFT does so for LoRA, to "
+            "which those of type TT_LORA can be exported."
+        )
+
+    def missing_from_file(self, adapter_name: str, error: BaseException) -> str | None:
+        """In words, PEFT's error of a file that lacks what is trained beside this adapter; None: it is another one."""
+        if not isinstance(error, KeyError) or error.args[0] not in self._tensor_names(adapter_name):
+            return None
+        return (
+            f"adapter tensors missing: {error.args[0]}, which is trained and saved with adapter {adapter_name!r} (a "
+            "classification head, `modules_to_save`, `trainable_token_indices`). Its file is not whole."
+        )
 
     def add_what_is_new(self, config: PeftConfig) -> None:
         """Add to a loaded adapter what a config that continues it has beside it; see `Method.added_to`."""

@@ -15,7 +15,7 @@ from ..shared.tuner import Tuner
 from .config import TTLoraConfig
 from .factors import Factors, auto_factors, check_product
 from .layer import TTLoraLinear, kept_matrices, linear_shape
-from .targets import endings, has_suffix, left_out, target_layers
+from .targets import endings, has_suffix, idle_layers, read_layers, target_layers
 
 
 class TTLoraModel(Tuner):
@@ -53,6 +53,8 @@ class TTLoraModel(Tuner):
                 )
         if not peft_config.inference_mode:
             _warn_of_waste(names, peft_config.rank)
+        if peft_config.is_saved:
+            _warn_of_idle({name: reason for name, reason in idle_layers(model).items() if name in layers})
 
     def _check_target_module_exists(self, peft_config: TTLoraConfig, key: str) -> bool:
         return key in self._targets
@@ -76,9 +78,14 @@ class TTLoraModel(Tuner):
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
-        for layer in self.model.modules():  # all of them before any is merged
-            if isinstance(layer, TTLoraLinear):
-                layer.check_mergeable()
+        layers = self._layers()
+        for layer in layers.values():  # all of them before any is merged
+            layer.check_mergeable()
+        if read := read_layers(self.model, layers):
+            raise ValueError(
+                f"an adapter of version 0.1 beside {', '.join(read)} cannot be merged: the model reads the weights of "
+                "these layers where it does not call them, so that the merged model would compute something else."
+            )
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's `generate`, for which the adapters' matrices are built once."""
@@ -115,11 +122,32 @@ class TTLoraModel(Tuner):
                 handle.remove()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # adapters of version 0.1 with all-linear have parameters there, which did nothing
-        unread = tuple(f"{prefix}model.{name}.{self.prefix}" for name in left_out(self.model))
-        for key in [key for key in state_dict if key.startswith(unread)]:
-            del state_dict[key]
+        for adapter_name, config in self.peft_config.items():
+            if config.is_saved and config.target_modules == "all-linear":
+                self._add_layers_of_the_file(adapter_name, config, state_dict, f"{prefix}model.")
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _add_layers_of_the_file(
+        self, adapter_name: str, config: TTLoraConfig, state_dict: dict[str, Any], prefix: str
+    ) -> None:
+        """Adapt the layers that all-linear meant in version 0.1, if the adapter in this file has them."""
+        own = f".{self.prefix}in_0.{adapter_name}"
+        in_file = {key.removeprefix(prefix).removesuffix(own) for key in state_dict if key.endswith(own)}
+        idle = {name: why for name, why in idle_layers(self.model).items() if name in in_file}
+        others = next(iter(self._layers().values()))
+        for name in idle:
+            parent_name, _, child = name.rpartition(".")
+            parent = self.model.get_submodule(parent_name)
+            self._create_and_replace(config, adapter_name, getattr(parent, child), child, parent, name)
+            layer = getattr(parent, child)
+            layer.enable_adapters(not others.disable_adapters)
+            layer.set_adapter(others.active_adapters, inference_mode=config.inference_mode)
+        config._tensor_names = frozenset(self._tensor_names(adapter_name))
+        _warn_of_idle(idle)
+
+    def _layers(self) -> dict[str, TTLoraLinear]:
+        """The adapted layers by name in the model."""
+        return {name: layer for name, layer in self.model.named_modules() if isinstance(layer, TTLoraLinear)}
 
     def parameter_rows(self, adapter_name: str = "default") -> list[ParameterRow]:
         """What is trainable in the model, by part: the adapter's cores, and anything else (nothing)."""
@@ -128,6 +156,17 @@ class TTLoraModel(Tuner):
             if isinstance(layer, TTLoraLinear) and adapter_name in layer.tt_config:
                 cores += [core for side in layer.cores(adapter_name) for core in side]
         return [parameter_row("cores", cores), self.row_of_others(adapter_name)]
+
+
+def _warn_of_idle(layers: dict[str, str]) -> None:
+    """Say that a saved adapter has parts beside layers, by name, that a new one is refused beside, for a reason."""
+    if layers:
+        warnings.warn(
+            f"tt_lora: this adapter of version 0.1 has parts beside layers that a new one would leave out "
+            f"({endings(layers)}). They are loaded, and act where the model calls the layers: "
+            f"{next(iter(layers.values()))}.",
+            stacklevel=2,
+        )
 
 
 def _with_names(names: list[str], repeats: int) -> Callable[..., tuple[tuple, dict[str, Any]]]:

@@ -6,7 +6,7 @@ import ast
 import functools
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
 
 import torch
@@ -39,6 +39,9 @@ _INSPECTIONS = ("getattr", "hasattr", "id", "isinstance", "len", "type")
 def target_layers(config: TTLoraConfig, model: nn.Module) -> dict[str, nn.Module]:
     """The linear layers that `config.target_modules` matches, by name, as they were before any adapter.
 
+    A saved adapter may have matched layers that a new one is refused beside: version 0.1 did not ask what they are to
+    the model.
+
     Raises:
         ValueError: a target matches nothing, or something else than linear layers that the model calls.
     """
@@ -63,7 +66,7 @@ def target_layers(config: TTLoraConfig, model: nn.Module) -> dict[str, nn.Module
                 f"tt_lora.target_modules: {targets!r} matches {name}, which is no linear layer but "
                 f"{type(matched[name]).__name__}. The names of the linear layers end with {endings(linear)}."
             )
-        if reason := why_idle(name, modules):
+        if not config.is_saved and (reason := why_idle(name, modules)):
             others = {n: module for n, module in linear.items() if not why_idle(n, modules)}
             raise ValueError(
                 f"tt_lora.target_modules: {targets!r} matches {name}, beside which an adapter would do nothing: "
@@ -122,10 +125,17 @@ def is_read(name: str, modules: dict[str, nn.Module]) -> bool:
     return attribute in _weights_read(type(modules[parent]))
 
 
-def left_out(model: nn.Module) -> list[str]:
-    """The linear layers of a model whose weight is read."""
+def idle_layers(model: nn.Module) -> dict[str, str]:
+    """The linear layers of a model beside which an adapter would not act everywhere, or not learn: name and reason."""
     modules = _unwrapped_modules(model)
-    return [name for name, module in modules.items() if linear_shape(module) is not None and is_read(name, modules)]
+    linear = [name for name, module in modules.items() if linear_shape(module) is not None]
+    return {name: reason for name in linear if (reason := why_idle(name, modules))}
+
+
+def read_layers(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Those of these layers whose weight the module around them computes with by itself."""
+    modules = _unwrapped_modules(model)
+    return [name for name in names if is_read(name, modules)]
 
 
 @functools.cache

@@ -7,6 +7,7 @@ router reads the prompt first, and the model then runs with each sequence's expe
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -222,8 +223,8 @@ class TTLoraMoeModel(Tuner):
     def _router(self) -> PromptRouter:
         return self.model.prompt_router
 
-    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        pass  # the experts stay as they were trained, and their router is float32
+    def _layers_of_any_dtype(self) -> Iterator[BaseTunerLayer]:
+        yield self._router  # the experts stay as they were trained
 
     def parameter_rows(self, adapter_name: str = "default") -> list[ParameterRow]:
         """What is trainable in the model, by part: the router, and anything else (nothing)."""

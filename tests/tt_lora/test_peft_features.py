@@ -118,8 +118,6 @@ def test_what_is_loras_alone_is_refused(tmp_path):
     with pytest.raises(ValueError, match="(?i)hotswapping only supports"):
         model.set_adapter("first")
         hotswap_adapter(model, tmp_path / "second", adapter_name="first")
-    with pytest.raises(AttributeError, match="add_weighted_adapter"):
-        model.add_weighted_adapter(["first", "second"], [0.5, 0.5], "both")
     partial = dict(list(model.state_dict().items())[:-1])
     with pytest.raises(RuntimeError, match="adapter tensors missing"):
         model.load_state_dict({key: t for key, t in partial.items() if "layers.0" in key}, strict=False)

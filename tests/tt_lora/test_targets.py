@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from axolotl_moe_peft import TTLoraConfig
 from axolotl_moe_peft.tt_lora import TTLoraLinear
+from axolotl_moe_peft.tt_lora.layer import build_matrices, core_shapes
+from axolotl_moe_peft.tt_lora.model import factors_of
 from tests.moe_families import FAMILIES, tiny_family_model
 from tests.tiny_models import random_ids
 
@@ -81,6 +87,70 @@ def test_a_layer_that_is_idle_is_refused_by_name(family, target, why):
     with pytest.raises(ValueError, match=rf"matches .*{target}, beside which an adapter would do nothing: \w+ {why}"):
         adapted(base, [target])
     assert not any(isinstance(module, TTLoraLinear) for module in base.modules())
+
+
+# ------------------------------------------------------------------------------------------- adapters of version 0.1
+
+
+def saved_by_version_0_1(family: str, folder: Path, target: str | list[str] = "all-linear") -> dict[str, Tensor]:
+    """An adapter beside every linear layer but the output layer, or these, as that version made it; its deltas."""
+    base = base_of(family)
+    generator = torch.Generator().manual_seed(3)
+    config = TTLoraConfig(rank=2, alpha=300, target_modules=target, inference_mode=True, task_type="CAUSAL_LM")
+    tensors, deltas = {}, {}
+    for name, module in base.named_modules():
+        if not isinstance(module, nn.Linear) or module is base.get_output_embeddings():
+            continue
+        if target != "all-linear" and not name.endswith(tuple(target)):
+            continue
+        shapes = core_shapes(factors_of(name, module, config), config.rank)
+        cores = {key: torch.randn(shape, generator=generator) * 0.15 for key, shape in shapes.items()}
+        tensors |= {f"base_model.model.{name}.{key}": core for key, core in cores.items()}
+        sides = [[core for key, core in cores.items() if f"_{side}_" in key] for side in ("in", "out")]
+        down, up = build_matrices(*sides, config.alpha)
+        deltas[name] = up.T @ down
+    config.save_pretrained(folder)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return deltas
+
+
+def base_of(family: str) -> nn.Module:
+    torch.manual_seed(0)
+    return (DENSE[family]() if family in DENSE else tiny_family_model(family)).eval()
+
+
+@pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
+@pytest.mark.parametrize(
+    ("family", "unread", "target"),
+    [
+        ("mamba", "dt_proj", "all-linear"),
+        ("mamba", "dt_proj", ["x_proj", "in_proj"]),
+        ("deepseek_v32", "kv_b_proj", "all-linear"),
+        ("deepseek_v32", "kv_b_proj", ["wq_b", "q_b_proj"]),
+    ],
+)
+@torch.no_grad()
+def test_an_adapter_of_version_0_1_loads_as_it_was(family, unread, target, trainable, tmp_path):
+    deltas, ids = saved_by_version_0_1(family, tmp_path / "old", target), random_ids(2, 9)
+    old, merged = load_file(tmp_path / "old/adapter_model.safetensors"), base_of(family)
+    for name, delta in deltas.items():
+        if name.rpartition(".")[2] != unread or family != "mamba":
+            merged.get_submodule(name).weight += delta
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = PeftModel.from_pretrained(base_of(family), tmp_path / "old", is_trainable=trainable).eval()
+    assert any("of version 0.1 has parts beside layers" in str(w.message) for w in caught)
+    torch.testing.assert_close(model(input_ids=ids).logits, merged(input_ids=ids).logits, rtol=1e-3, atol=1e-4)
+    other = [name for name, p in model.named_parameters() if "ttcore_" in name and p.requires_grad is not trainable]
+    assert other == []
+    model.save_pretrained(tmp_path / "again")
+    again = load_file(tmp_path / "again/adapter_model.safetensors")
+    assert again.keys() == old.keys() and all(torch.equal(again[key], old[key]) for key in old)
+    with model.disable_adapter():
+        assert torch.equal(model(input_ids=ids).logits, base_of(family)(input_ids=ids).logits)
+    if family == "mamba":
+        with pytest.raises(ValueError, match="version 0.1 beside .*x_proj.* cannot be merged"):
+            model.merge_and_unload()
 
 
 class Router(nn.Linear):
