@@ -17,7 +17,8 @@ def key_with_values(key: HostKey) -> str:
     text = f"`{key.name}: {key.shown}`" if key.shown else f"`{key.name}`"
     beside = " or ".join(f"`{entry}`" for entry in key.beside)
     losses = " and router losses" if key.losses else ""
-    return f"{text} with {beside}{losses}" if beside else text
+    without = f" without {' or '.join(f'`{entry}`' for entry in key.unless)}" if key.unless else ""
+    return (f"{text} with {beside}{losses}" if beside else text) + without
 
 
 def adapters(key: HostKey) -> list[str]:

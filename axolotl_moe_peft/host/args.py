@@ -7,10 +7,10 @@ import difflib
 from typing import Any, get_type_hints
 
 from peft import PeftConfig
-from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, create_model, model_validator
 
 from ..registration import METHODS, config_class
-from .host_keys import BITS_AND_BYTES, check_host_keys, check_keys_beside_router_losses
+from .host_keys import BITS_AND_BYTES, QUANTISED_EXPERTS, check_host_keys, check_keys_beside_router_losses
 from .saved import CONTINUED, continued, own_fields, saved_adapters
 
 CONFIGS: dict[str, type[PeftConfig]] = {name: config_class(name) for name in METHODS}
@@ -45,6 +45,17 @@ _Blocks = create_model(
 
 class MoePeftArgs(_Blocks):
     """Merged by Axolotl into its own schema, so that the checks see the whole YAML."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _let_experts_be_quantised(cls, data: Any, validate: ModelWrapValidatorHandler[Any]) -> Any:
+        # the host's loader quantises experts for any adapter, and its schema lets lora and qlora alone ask for it
+        if data.get("adapter") not in CONFIGS or not data.get(QUANTISED_EXPERTS):
+            return validate(data)
+        check_host_keys(data, own_fields(CONFIGS[data["adapter"]]))
+        validated = validate({key: value for key, value in data.items() if key != QUANTISED_EXPERTS})
+        setattr(validated, QUANTISED_EXPERTS, data[QUANTISED_EXPERTS])
+        return validated
 
     @model_validator(mode="before")
     @classmethod

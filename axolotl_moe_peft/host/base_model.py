@@ -1,4 +1,4 @@
-"""The base model of a validated YAML before it is loaded: whether the adapter fits it, and how it is quantised."""
+"""The base model of a validated YAML before it is loaded: whether the adapter fits it."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from .attach import peft_config
+from .quantised import check_published_format, check_stacked_experts
 from .saved import CONTINUED, continued
 
 
@@ -27,14 +28,16 @@ def check_base_model(cfg: DictDefault) -> None:
     """Attach the adapter to the base's architecture without weights, for the errors that this raises.
 
     Raises:
-        ValueError: the adapter does not fit the base model.
+        ValueError: the adapter does not fit the base model, or the base is not to be quantised so.
     """
     architecture, config = load_model_config(cfg), peft_config(cfg)
+    check_published_format(cfg, architecture)
     _check_room_before_the_text(cfg, architecture, config)
     with torch.device("meta"):
         model = model_without_weights(cfg)
     if model is None:
         return  # remote code or a classifier: the check waits until it is loaded
+    check_stacked_experts(cfg, model)
     # what there is to warn of is said once, when the adapter is attached; and where the base's own code needs values
     # (JetMoe's router counts tokens in Python) the check waits until then, too
     with warnings.catch_warnings(), contextlib.suppress(NotImplementedError):
@@ -78,25 +81,3 @@ def _check_room_before_the_text(cfg: DictDefault, architecture: PretrainedConfig
             f"sequence ({cfg.adapter}.num_virtual_tokens) are more than the {most} positions of the base model. Use "
             f"`sequence_len: {most - config.positions_before_text}` at most."
         )
-
-
-def quantise(cfg: DictDefault) -> None:
-    """Let `load_in_4bit` or `load_in_8bit` mean what they do with `adapter: qlora` and `adapter: lora`."""
-    if cfg.load_in_4bit or cfg.load_in_8bit:
-        # Axolotl's loader, which quantises for its own adapters only, already holds this dict
-        cfg.overrides_of_model_kwargs["quantization_config"].update(_quantization(cfg))
-
-
-def _quantization(cfg: DictDefault) -> dict[str, Any]:
-    settings: dict[str, Any] = {"load_in_8bit": True}
-    if cfg.load_in_4bit:
-        settings = {
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_use_double_quant": True,
-            "bnb_4bit_compute_dtype": cfg.torch_dtype,
-            **(cfg.bnb_config_kwargs or {}),
-        }
-    # these families' code reads the weights of some linear layers
-    skipped = {"jamba": ["mamba"], "falcon_h1": ["out_proj"]}.get(cfg.model_config_type)
-    return settings | ({"llm_int8_skip_modules": skipped} if skipped else {})

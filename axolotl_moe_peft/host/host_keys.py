@@ -11,6 +11,7 @@ from peft import PeftConfig
 from ..registration import config_class
 
 BITS_AND_BYTES = ("load_in_4bit", "load_in_8bit")
+QUANTISED_EXPERTS = "quantize_moe_experts"
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class HostKey:
         values: the values that are refused, None is not asked; by default those that are true.
         shown: the refused values, where they are some of many.
         beside: other keys, of which one must be given too.
-        unless: a key with which it is right all the same.
+        unless: keys of which each makes it right all the same.
         losses: refused only where router losses act.
     """
 
@@ -40,7 +41,7 @@ class HostKey:
     values: Callable[[Any], bool] = bool
     shown: str = ""
     beside: tuple[str, ...] = ()
-    unless: str = ""
+    unless: tuple[str, ...] = ()
     losses: bool = False
 
     def concerns(self, adapter: str) -> bool:
@@ -70,8 +71,6 @@ _MATRICES = "it takes matrices only, and the adapter's parameters are stacks of 
 _FROZEN = "it projects the gradients of the base's own weights, which are frozen"
 _WHOLE_MODEL = "it takes all of the model's weights, the frozen ones included"
 _OTHER_OPTIMIZER = "Use one like adamw_torch, adafactor or schedule_free_adamw."
-_ONE_BY_NAME = "Axolotl quantises so for its own lora and qlora only"
-_LOAD = "Remove the key; load the base in bf16 or with `load_in_4bit: true`."
 _PAST_THE_MODEL = (
     "it computes the loss past the model's own forward pass, where the router losses of the adapter cannot act"
 )
@@ -129,7 +128,17 @@ HOST_KEYS: tuple[HostKey, ...] = (
     HostKey(
         "optimizer", _WHOLE_MODEL, _OTHER_OPTIMIZER, values=_begins_with("lomo", "adalomo"), shown="lomo, adalomo"
     ),
-    *(HostKey(name, _ONE_BY_NAME, _LOAD) for name in ("gptq", "quantize_moe_experts", "model_quantization_config")),
+    HostKey(
+        "gptq",
+        "it takes kernels that Axolotl does not bring, and they do not read an MoE's stacked experts",
+        "Remove the key; use the base as it is published in bf16, with `load_in_4bit: true`.",
+    ),
+    HostKey(
+        "model_quantization_config",
+        "no gradient comes through the kernels of that format",
+        "Add `model_quantization_config_kwargs: {dequantize: true}`.",
+        unless=("model_quantization_config_kwargs.dequantize",),
+    ),
     *(
         HostKey(
             name,
@@ -137,7 +146,13 @@ HOST_KEYS: tuple[HostKey, ...] = (
             "Remove one of the two.",
             beside=("fsdp", "fsdp_config", "deepspeed"),
         )
-        for name in BITS_AND_BYTES
+        for name in (*BITS_AND_BYTES, QUANTISED_EXPERTS)
+    ),
+    HostKey(
+        QUANTISED_EXPERTS,
+        "nothing says in how many bits",
+        "Add `load_in_4bit: true` or `load_in_8bit: true`.",
+        unless=(*BITS_AND_BYTES, "model_quantization_config"),
     ),
     HostKey("load_in_4bit", "a base is quantised in one way", "Remove one of the two.", beside=("load_in_8bit",)),
     HostKey(
@@ -168,7 +183,7 @@ HOST_KEYS: tuple[HostKey, ...] = (
         attribute="needs_labels",
         having=False,
         beside=("rl: dpo", "rl: ipo", "rl: kto"),
-        unless="merge_lora",
+        unless=("merge_lora",),
     ),
     HostKey("dpo_use_liger_kernel", _PAST_THE_MODEL, "", beside=("rl",), losses=True),
     HostKey("trl.use_liger_loss", _PAST_THE_MODEL, "", beside=("rl",), losses=True),
@@ -242,7 +257,12 @@ def _given(data: Any) -> Iterator[HostKey]:
     for key in HOST_KEYS:
         value = _value(data, key.name)
         beside = not key.beside or any(_stands(data, entry) for entry in key.beside)
-        if value is not None and key.values(value) and beside and not (key.unless and _stands(data, key.unless)):
+        if (
+            value is not None
+            and key.values(value)
+            and beside
+            and not any(_stands(data, entry) for entry in key.unless)
+        ):
             yield key
 
 

@@ -50,10 +50,18 @@ class MoePeftPlugin(BasePlugin):
 
     def pre_model_load(self, cfg: DictDefault) -> None:
         if cfg.adapter in METHODS:
-            from .base_model import check_base_model, quantise
+            from .base_model import check_base_model
+            from .quantised import quantise
 
             check_base_model(cfg)
             quantise(cfg)
+
+    def post_model_build(self, cfg: DictDefault, model: PreTrainedModel) -> None:
+        if cfg.adapter in METHODS and cfg.quantize_moe_experts:
+            from .quantised import check_quantised_experts, end_caches_with_calls
+
+            check_quantised_experts(model)
+            end_caches_with_calls(model)
 
     def load_adapter(
         self, model: PreTrainedModel, cfg: DictDefault, inference: bool = False, config_only: bool = False
