@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from ..shared.batches import Sequences, find_sequences, predicts_tokens
+from ..shared.fingerprint import Fingerprints
 from ..shared.generation import (
     CacheNote,
     Generation,
@@ -82,7 +83,7 @@ class PromptInsertion:
         self.several_kinds = has_several_kinds(model)
         self.keeps_apart = {kinds: keeps_apart(decoder, kinds) for kinds in (None, 3, 4)[: 1 + 2 * self.several_kinds]}
         self.images_follow_text = images_follow_text(model)
-        self._thread = PerThread()
+        self._thread, self._fingerprints = PerThread(), Fingerprints()
         self._generation = Generation(model, "pt_moe", self._is_active)
         self._handles = [
             model.register_forward_pre_hook(self._begin_call, with_kwargs=True),
@@ -118,7 +119,7 @@ class PromptInsertion:
         adapter_name = self.layer.active_adapter_name()
         call = bind(decoder, args, kwargs)
         cache, decided_by = cache_of(decoder, call), self._described(adapter_name)
-        note = check_continued("pt_moe", cache, decided_by, "no prompt")
+        note = check_continued("pt_moe", cache, decided_by, "no prompt", lambda: self._weights(adapter_name))
         if adapter_name is None:
             return None
         check_arguments(call, self.several_kinds)
@@ -140,7 +141,9 @@ class PromptInsertion:
         if layout is None:
             inserted.note.update(cache)
             return None
-        keep(cache, inserted.decided_by, inserted.rows, inserted.inserted)
+        # nobody continues after a step of training, in which reading the weights would wait for the device
+        weights = None if cache is None or self.layer.training else self._weights(self.layer.active_adapter_name())
+        keep(cache, inserted.decided_by, inserted.rows, inserted.inserted, weights)
         if isinstance(output, tuple):
             return layout.strip(output)
         for name, part in output.items():
@@ -152,6 +155,11 @@ class PromptInsertion:
             return None
         count = self.layer.ptmoe_config[adapter_name].num_virtual_tokens
         return f"the prompt of adapter {adapter_name!r} ({count} virtual tokens)"
+
+    def _weights(self, adapter_name: str) -> int | None:
+        names = ("ptmoe_experts", "ptmoe_shared")
+        parameters = (getattr(self.layer, name) for name in names)
+        return self._fingerprints.of(adapter_name, [p[adapter_name] for p in parameters if adapter_name in p])
 
     # -------------------------------------------------------------------------------------------- a new prompt
 

@@ -103,12 +103,16 @@ class CacheNote:
         rows: the decisions, by name: a tensor (B, ...) with a row for each of the cache's. None if the rows of the
             cache hold several sequences each, which cannot be continued.
         inserted: how many of the cache's positions are no tokens of the caller's, in every row.
+        weights: the fingerprint of what filled it (`Fingerprints`); None if nobody asked.
         length: of the cache, after the last call.
         derived: what is computed from `rows`, for as long as they stay as they are.
     """
 
-    def __init__(self, layer: Any, decided_by: str | None, rows: dict[str, Tensor] | None, inserted: int) -> None:
+    def __init__(
+        self, layer: Any, decided_by: str | None, rows: dict[str, Tensor] | None, inserted: int, weights: int | None
+    ) -> None:
         self.layer, self.decided_by, self.rows, self.inserted = layer, decided_by, rows, inserted
+        self.weights = weights
         self.length: int | None = 0
         self.derived: Any = None
         self._keys: Tensor | None = None
@@ -167,13 +171,21 @@ def note_of(cache: Cache | None) -> CacheNote | None:
     return getattr(cache.layers[0], _NOTE, None) if cache is not None and cache.layers else None
 
 
-def keep(cache: Cache | None, decided_by: str, rows: dict[str, Tensor] | None, inserted: int = 0) -> None:
+def keep(
+    cache: Cache | None,
+    decided_by: str,
+    rows: dict[str, Tensor] | None,
+    inserted: int = 0,
+    weights: int | None = None,
+) -> None:
     """Leave a note in a cache that a call has begun to fill; the arguments are CacheNote's."""
     if cache is not None and cache.layers:
-        CacheNote(cache.layers[0], decided_by, rows, inserted).update(cache)
+        CacheNote(cache.layers[0], decided_by, rows, inserted, weights).update(cache)
 
 
-def check_continued(method: str, cache: Cache | None, decided_by: str | None, nothing: str) -> CacheNote | None:
+def check_continued(
+    method: str, cache: Cache | None, decided_by: str | None, nothing: str, weights: Callable[[], int | None]
+) -> CacheNote | None:
     """The note of a filled cache that this call continues; None if the call begins.
 
     Args:
@@ -181,9 +193,10 @@ def check_continued(method: str, cache: Cache | None, decided_by: str | None, no
         cache: of the call.
         decided_by: what decides now, in words; None if nothing does.
         nothing: what that is called, in words.
+        weights: tells the fingerprint of what decides now.
 
     Raises:
-        ValueError: the cache was filled under something else.
+        ValueError: the cache was filled under something else, or its weights have changed since.
     """
     if cache is None or cached_length(cache) == 0:
         return None
@@ -193,6 +206,11 @@ def check_continued(method: str, cache: Cache | None, decided_by: str | None, no
         raise ValueError(
             f"{method}: the cache was filled with {before or nothing}, but now it is {decided_by or nothing}. Begin "
             "with a new cache."
+        )
+    if note is not None and note.weights is not None and note.weights != weights():
+        raise ValueError(
+            f"{method}: the cache was filled with {before}, whose weights are others now (another adapter was loaded "
+            "under this name, or this one was trained). Begin with a new cache."
         )
     return note
 

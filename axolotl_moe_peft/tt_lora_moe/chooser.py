@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..shared.batches import IGNORE_INDEX, Sequences, find_sequences
 from ..shared.decoder import decoder_of
+from ..shared.fingerprint import Fingerprints
 from ..shared.generation import (
     CACHE_NAMES,
     CacheNote,
@@ -33,7 +34,7 @@ from ..shared.generation import (
 from ..shared.statistics import Figures, RouterStatistics
 from .config import TTLoraMoeConfig
 from .head import head_name
-from .layer import Choice, RunningChoices
+from .layer import Choice, RunningChoices, TTLoraPoolLinear
 from .router import PromptRouter
 
 # arguments of a causal language model that are not for its decoder, and what it must not cache
@@ -77,12 +78,15 @@ class ExpertChooser:
         statistics, eval_statistics: loss and accuracy of the router in training and in evaluation with
             `expert_labels`.
         configs: by adapter name.
+        layers: those of the pool.
         placeholders: adapters whose experts are about to be loaded, and a layer's cores to tell.
     """
 
     def __init__(self, model: nn.Module, router: PromptRouter) -> None:
         self.model, self.router = model, router
         self.choices, self.running = RunningChoices(), _Running()
+        self.layers: list[TTLoraPoolLinear] = []
+        self._fingerprints = Fingerprints()
         self.chosen_experts: dict[str, Tensor] = {}
         self.statistics, self.eval_statistics = RouterStatistics(), RouterStatistics()
         self.configs: dict[str, TTLoraMoeConfig] = {}
@@ -138,7 +142,7 @@ class ExpertChooser:
         self.choices.by_adapter, self.running.note = {}, None
         batch, active = self.batch(args, kwargs), self.active_adapters()
         cache, stream = cache_of(model, batch), self._generation.stream(batch)
-        note = check_continued("tt_lora_moe", cache, _described(active), "no experts")
+        note = check_continued("tt_lora_moe", cache, _described(active), "no experts", lambda: self._weights(active))
         if not active:
             return
         self._check_loaded(active)
@@ -160,7 +164,8 @@ class ExpertChooser:
             return
         rows = {name: choice.expert_BS for name, choice in by_adapter.items()}
         one_per_row = all(expert_BS.shape[1] == 1 for expert_BS in rows.values())
-        keep(cache, _described(list(by_adapter)), rows if one_per_row else None)
+        weights = self._weights(list(by_adapter))
+        keep(cache, _described(list(by_adapter)), rows if one_per_row else None, weights=weights)
 
     def _choices_of(
         self, note: CacheNote | None, stream: Stream | None, active: list[str], batch: dict[str, Any]
@@ -187,6 +192,11 @@ class ExpertChooser:
         expert_B1 = expert_BS.amax(1, keepdim=True)
         one_per_row = bool((padding_BS | (expert_BS == expert_B1)).all())
         return Choice(expert_B1 if one_per_row else expert_BS, expert_N.unique().tolist())
+
+    def _weights(self, adapter_names: list[str]) -> int | None:
+        """The fingerprint of the experts of these adapters."""
+        parameters = [layer.ttmoe_cores[n] for layer in self.layers for n in adapter_names if n in layer.ttmoe_cores]
+        return self._fingerprints.of(", ".join(adapter_names), parameters)
 
     def _check_loaded(self, active: list[str]) -> None:
         for name in active:

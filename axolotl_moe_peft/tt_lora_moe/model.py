@@ -104,6 +104,7 @@ class TTLoraMoeModel(Tuner):
         layer = target
         if not isinstance(target, TTLoraPoolLinear):
             layer = TTLoraPoolLinear(target, self._chooser.choices)
+            self._chooser.layers.append(layer)
             self._replace_module(parent, target_name, layer, target)
         cores = [expert.cores and expert.cores[current_key] for expert in self._experts]
         if any(part is None for part in cores):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 import pickle
 import threading
 
@@ -11,11 +12,12 @@ import pytest
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast, pipeline
 
 from tests.pt_moe.prompts import pt_moe
-from tests.tiny_models import PAD, random_ids, tiny_model
+from tests.tiny_models import PAD, VOCAB_SIZE, random_ids, tiny_model
 from tests.tt_lora_moe.pools import pool_of, save_experts
 
 METHODS = ("pt_moe", "tt_lora_moe")
@@ -272,16 +274,18 @@ def test_unload_gives_generate_back(model, ids):
     assert torch.equal(generate(base, ids), generate(tiny_model("llama"), ids))
 
 
-# ------------------------------------------------------------------------------------------------- threads and pickles
+# ------------------------------------------------------------------------------------------------------------- threads
 
 
 def test_threads_that_share_a_model_get_their_own_results(model):
     prompts = [random_ids(2, 4 + seed % 3, seed=seed) for seed in range(12)]
     expected = [generate(model, prompt) for prompt in prompts]
-    wrong = []
+    wrong, turns = [], 84 if os.environ.get("SWEEP") == "all" else 10  # of 12 generations
+    together = threading.Barrier(3)
 
     def work(part: int) -> None:
-        for turn in range(10):
+        together.wait()
+        for turn in range(turns):
             for i in range(part, len(prompts), 3):
                 use_cache = bool((turn + i) % 3)
                 if not torch.equal(generate(model, prompts[i], use_cache=use_cache), expected[i]):
@@ -293,6 +297,75 @@ def test_threads_that_share_a_model_get_their_own_results(model):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+# ------------------------------------------------------------------------------------ a cache and its weights
+
+
+def other_weights(model: PeftModel) -> None:
+    parts = ("ptmoe_experts", "ttmoe_cores")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if any(part in name for part in parts):
+                parameter.mul_(1.5)
+
+
+@pytest.mark.parametrize("how", ["loaded in its place", "loaded after it was deleted", "written to"])
+@torch.no_grad()
+def test_a_cache_is_not_continued_with_other_weights_of_the_same_name(model, ids, new, how, tmp_path):
+    model.save_pretrained(tmp_path / "same")
+    other = copy.deepcopy(model.state_dict())
+    other_weights(model)
+    model.save_pretrained(tmp_path / "other")
+    model.load_state_dict(other)
+    cache, expected = filled(model, ids), row_by_row(model, ids, new)
+    torch.testing.assert_close(continued(model, copy.deepcopy(cache), new), expected, **CLOSE)
+    if how == "written to":
+        other_weights(model)
+    else:
+        if "deleted" in how:
+            model.load_adapter(tmp_path / "same", "beside")
+            model.set_adapter("beside")
+            model.delete_adapter("default")
+        model.load_adapter(tmp_path / "other", "default")
+        model.set_adapter("default")
+    model.eval()
+    with pytest.raises(ValueError, match="whose weights are others now"):
+        continued(model, copy.deepcopy(cache), new)
+    model.load_adapter(tmp_path / "same", "default")
+    torch.testing.assert_close(continued(model, pickle.loads(pickle.dumps(cache)), new), expected, **CLOSE)
+
+
+# ----------------------------------------------------------------------------------------------------------- pipelines
+
+
+def words() -> PreTrainedTokenizerFast:
+    vocabulary = {"<pad>": PAD, **{f"w{i}": i for i in range(1, VOCAB_SIZE)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w3"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", padding_side="left")
+
+
+@pytest.mark.parametrize("of", ["peft", "folder"])
+def test_a_pipeline_gives_the_greedy_tokens_of_generate(model, of, tmp_path):
+    tokenizer, texts = words(), ["w17 w30 w41", "w5 w6 w7 w8 w9 w10", "w80 w20"]
+    expected = [generate(model, torch.tensor([[int(w[1:]) for w in text.split()]]))[0].tolist() for text in texts]
+    served = model
+    if of == "folder":
+        tiny_model("llama").save_pretrained(tmp_path / "base")
+        model.base_model.model.name_or_path = str(tmp_path / "base")
+        model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+        model.save_pretrained(tmp_path / "adapter")
+        served = str(tmp_path / "adapter")
+    pipe = pipeline("text-generation", model=served, tokenizer=tokenizer)
+    for batch_size in (1, 3):
+        outputs = pipe(texts, batch_size=batch_size, max_new_tokens=6, do_sample=False, return_tensors=True)
+        for text, output, tokens in zip(texts, outputs, expected, strict=True):
+            found = [t for t in output[0]["generated_token_ids"] if t != PAD]
+            assert found == [int(w[1:]) for w in text.split()] + tokens
+
+
+# -------------------------------------------------------------------------------------------------------------- copies
 
 
 def through_torch(model: PeftModel) -> PeftModel:
