@@ -19,7 +19,10 @@ _UNQUANTISED = "Use the model as it is published in bf16, with `load_in_4bit: tr
 
 def quantise(cfg: DictDefault) -> None:
     """Let `load_in_4bit` or `load_in_8bit` mean what they do with `adapter: qlora` and `adapter: lora`."""
-    if cfg.load_in_4bit or cfg.load_in_8bit:
+    if cfg.model_quantization_config:
+        # what the loader takes for granted where experts are quantised and no width is given, but for its preparations
+        cfg.load_in_4bit = bool(cfg.quantize_moe_experts)
+    elif cfg.load_in_4bit or cfg.load_in_8bit:
         # Axolotl's loader, which quantises for its own adapters only, already holds this dict
         cfg.overrides_of_model_kwargs["quantization_config"].update(_bits_and_bytes(cfg))
 
@@ -59,6 +62,13 @@ def check_published_format(cfg: DictDefault, architecture: PretrainedConfig) -> 
         )
     if method is None:
         return
+    if cfg.merge_lora:
+        # transformers writes a dequantised model in parts of the published format: it fails, or reads back as another
+        raise ValueError(
+            f"base_model: {cfg.base_model!r} is published in {method}, and an adapter merges into a base in full "
+            "precision only. Nothing was written. Set `base_model` to the model as it is published in bf16, and "
+            "remove `model_quantization_config`."
+        )
     bits = next((key for key in ("load_in_4bit", "load_in_8bit") if cfg[key]), None)
     if method in DEQUANTISED and not cfg.model_quantization_config:
         raise ValueError(

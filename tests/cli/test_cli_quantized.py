@@ -28,6 +28,7 @@ from tests.cli.cli_helpers import (
     checksums,
     lines_to_worry_about,
     log_history,
+    run_on_gpu,
     save_tokenizer,
     tokenised,
     write_rows,
@@ -345,3 +346,19 @@ def test_on_a_gpu_step_0_is_the_base_and_every_tensor_gets_a_gradient(bits: str,
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert trained and all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in trained)
     assert any(parameter.grad.abs().sum() > 0 for parameter in trained)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("bits", "adapter"), [("4bit", "perft embedded"), ("8bit", "tt_lora")])
+def test_on_a_gpu_the_host_quantises_the_experts(bits: str, adapter: str, folder: Path, tmp_path: Path) -> None:
+    keys = {f"load_in_{bits}": True, "quantize_moe_experts": True, "bf16": True, "gradient_checkpointing": True}
+    losses = {}
+    for name, of_adapter in ((adapter, ADAPTERS[adapter]), ("control", LORA | {"adapter": control(bits)})):
+        settings = keys | {"max_steps": STEPS, "learning_rate": 0.01} | of_adapter
+        config = write_yaml(tmp_path / f"{name}.yaml", folder / "base", folder / "rows.jsonl", **settings)
+        result = run_on_gpu("train", config)
+        assert result.code == 0, result.output
+        assert f"Quantized 4 MoE expert parameter(s) to {bits[0]}-bit" in result.output
+        losses[name] = [line["loss"] for line in log_history(config.with_suffix(""))]
+    assert losses[adapter][-1] < losses[adapter][0]
+    assert losses[adapter][0] == pytest.approx(losses["control"][0], rel=2e-3)  # bf16

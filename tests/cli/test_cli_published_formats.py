@@ -1,0 +1,225 @@
+"""Bases that are published quantised: in MXFP4 (GPT-OSS), in FP8 (Qwen3, DeepSeek), in bitsandbytes' own format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+from tests.cli.cli_helpers import (
+    AxolotlPool,
+    checksums,
+    lines_to_worry_about,
+    log_history,
+    run_on_gpu,
+    save_tokenizer,
+    tokenised,
+    write_rows,
+    write_yaml,
+)
+from tests.moe_families import tiny_family_model
+from tests.tiny_models import tiny_model
+
+_E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+FORMATS = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
+EXPERTS = {
+    "quantize_moe_experts": True,
+    "device_map": "cpu",
+    "plugins": ["tests.cli.cpu_training.QuantiseExpertsOnCpu", "axolotl_moe_peft.MoePeftPlugin"],
+}
+TT_LORA = {"adapter": "tt_lora", "perft": None, "tt_lora": {"rank": 4, "init": "zero"}}
+CASES = {
+    "mxfp4": ("mxfp4", TT_LORA, "tt_lora"),
+    "mxfp4, quantize_moe_experts": ("mxfp4", EXPERTS, "perft routed"),
+    "fp8, quantize_moe_experts": (
+        "fp8",
+        EXPERTS | {"perft": {"rank": 4, "variant": "embedded"}},
+        "perft embedded",
+    ),
+}
+
+
+def rewrite(folder: Path, tensors: dict[str, Tensor], quantization: dict[str, Any]) -> None:
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+
+
+def save_mxfp4(folder: Path) -> dict[str, Tensor]:
+    """A tiny GPT-OSS with random packed experts, as OpenAI publishes it; returns these experts in full."""
+    tiny_family_model("gpt_oss", hidden_size=64, intermediate_size=64).bfloat16().save_pretrained(folder)
+    tensors, experts = load_file(folder / "model.safetensors"), {}
+    generator = torch.Generator().manual_seed(0)
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        num_experts, inputs, outputs = tensors.pop(name).shape
+        size = (num_experts, outputs, inputs // 32)
+        blocks = torch.randint(0, 256, (*size, 16), dtype=torch.uint8, generator=generator)
+        scales = torch.randint(120, 125, size, dtype=torch.uint8, generator=generator)
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        values = _E2M1[torch.stack([blocks & 15, blocks >> 4], -1).flatten(-2).long()]
+        experts[name] = (values * 2.0 ** (scales.float() - 127).unsqueeze(-1)).flatten(-2).transpose(1, 2)
+    kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    rewrite(folder, tensors, {"quant_method": "mxfp4", "modules_to_not_convert": kept})
+    return experts
+
+
+def save_fp8(folder: Path) -> None:
+    """A tiny Qwen3-MoE with one scale a matrix, as Qwen publishes it with one a block of 128 x 128."""
+    tiny_model("qwen3_moe", hidden_size=64).bfloat16().save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("proj.weight")]:
+        weight = tensors[name].float()
+        scale = weight.abs().max() / torch.finfo(torch.float8_e4m3fn).max
+        tensors[name] = (weight / scale).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = scale.view(1, 1)
+    rewrite(
+        folder,
+        tensors,
+        {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
+    )
+
+
+def save_bitsandbytes(folder: Path) -> None:
+    tiny_model("mixtral", hidden_size=64).save_pretrained(folder / "full")
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    AutoModelForCausalLM.from_pretrained(
+        folder / "full", quantization_config=quantization, device_map={"": "cpu"}
+    ).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three bases and rows of equal length."""
+    folder = tmp_path_factory.mktemp("published")
+    torch.save(save_mxfp4(folder / "mxfp4"), folder / "experts.pt")
+    save_fp8(folder / "fp8")
+    save_bitsandbytes(folder / "bitsandbytes")
+    for name in ("mxfp4", "fp8", "bitsandbytes"):
+        save_tokenizer(folder / name)
+    write_rows(folder / "rows.jsonl", ((f"what is {i}?", "ok") for i in range(4)))
+    return folder
+
+
+@pytest.fixture
+def config_for(folder: Path, tmp_path: Path) -> Callable[..., Path]:
+    """`config_for("mxfp4", **keys)`: a YAML for that base; what is not bitsandbytes' is dequantised."""
+
+    def write(published: str, **keys: Any) -> Path:
+        settings = {"gradient_checkpointing": True, "learning_rate": 0.01, "max_steps": 3, "save_steps": 3}
+        settings |= {"attn_implementation": "eager"}
+        if published in FORMATS:
+            settings |= {
+                "model_quantization_config": FORMATS[published],
+                "model_quantization_config_kwargs": {"dequantize": True},
+            }
+        return write_yaml(tmp_path / "run.yaml", folder / published, folder / "rows.jsonl", **settings | keys)
+
+    return write
+
+
+def in_full(folder: Path, published: str) -> PreTrainedModel:
+    """The base in float32, dequantised in this file (MXFP4) or by a plain product (FP8)."""
+    tensors = load_file(folder / published / "model.safetensors")
+    if published == "mxfp4":
+        tensors = {n: t for n, t in tensors.items() if not n.endswith(("_blocks", "_scales"))}
+        tensors |= torch.load(folder / "experts.pt")
+    else:
+        scales = {n: tensors.pop(n) for n in list(tensors) if n.endswith("_scale_inv")}
+        tensors |= {n.removesuffix("_scale_inv"): None for n in scales}
+        stored = load_file(folder / published / "model.safetensors")
+        tensors |= {n: stored[n].float() * scales[f"{n}_scale_inv"] for n, t in tensors.items() if t is None}
+    config = AutoConfig.from_pretrained(folder / published)
+    del config.quantization_config
+    plain = folder / f"{published} in full"
+    plain.mkdir(exist_ok=True)
+    config.save_pretrained(plain)
+    save_file({n: t.float().contiguous() for n, t in tensors.items()}, plain / "model.safetensors", {"format": "pt"})
+    return AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32, attn_implementation="eager")
+
+
+@torch.no_grad()
+def loss_of(model: PreTrainedModel, folder: Path) -> float:
+    rows = list(tokenised(folder / "rows.jsonl"))
+    batch = {key: torch.tensor([row[key] for row in rows]) for key in ("input_ids", "labels")}
+    return model(**batch, use_cache=False).loss.item()
+
+
+@pytest.mark.matrix("base: {case} as published", "{adapter}")
+@pytest.mark.parametrize(("case", "adapter"), [(case, adapter) for case, (*_, adapter) in CASES.items()])
+def test_it_trains_from_where_the_base_is(
+    case: str, adapter: str, axolotl: AxolotlPool, config_for: Callable[..., Path], folder: Path
+) -> None:
+    published, keys, _ = CASES[case]
+    config = config_for(published, **keys)
+    before = checksums(folder / published)
+    result = axolotl("train", config)
+    assert result.code == 0, result.output
+    assert lines_to_worry_about(result.output) == []
+    assert checksums(folder / published) == before
+    losses = [line["loss"] for line in log_history(config.with_suffix(""))]
+    assert losses[-1] < losses[0]
+    apart = abs(losses[0] / loss_of(in_full(folder, published), folder) - 1)
+    if "experts" in case:
+        assert "Quantized 4 MoE expert parameter(s) to 4-bit" in result.output
+        assert 1e-4 < apart < 0.02  # rounded twice
+    else:
+        assert apart < 1e-5  # to bfloat16 exactly, and computed in float32
+
+
+@pytest.mark.matrix("base: bitsandbytes as published", "perft routed")
+def test_a_base_in_bitsandbytes_own_format_trains_as_it_is(
+    axolotl: AxolotlPool, config_for: Callable[..., Path], folder: Path
+) -> None:
+    config = config_for("bitsandbytes")
+    result = axolotl("train", config)
+    assert result.code == 0, result.output
+    assert lines_to_worry_about(result.output) == []
+    losses = [line["loss"] for line in log_history(config.with_suffix(""))]
+    assert losses[-1] < losses[0]
+    base = AutoModelForCausalLM.from_pretrained(folder / "bitsandbytes", device_map={"": "cpu"}).train()
+    assert losses[0] == pytest.approx(loss_of(base, folder), rel=1e-5)
+    model = PeftModel.from_pretrained(base, config.with_suffix("")).train()
+    assert loss_of(model, folder) < losses[-1]
+
+
+@pytest.mark.parametrize("published", [*FORMATS, "bitsandbytes"])
+@pytest.mark.matrix("base: {published} as published, merge-lora", "tt_lora", cell="refused: into full precision only")
+def test_tt_lora_is_not_merged_into_it(published: str, axolotl: AxolotlPool, config_for: Callable[..., Path]) -> None:
+    config = config_for(published, **TT_LORA)
+    config.with_suffix("").mkdir()
+    result = axolotl("merge-lora", config)
+    assert (result.code, result.tracebacks) == (1, 1), result.output
+    assert "merges into a base in full precision only. Nothing was written. Set `base_model`" in result.error
+    assert not (config.with_suffix("") / "merged").exists()
+
+
+@pytest.mark.parametrize("published", FORMATS)
+def test_without_dequantising_it_is_refused_before_it_is_loaded(
+    published: str, axolotl: AxolotlPool, config_for: Callable[..., Path]
+) -> None:
+    config = config_for(published, model_quantization_config=None, model_quantization_config_kwargs=None)
+    result = axolotl("train", config)
+    assert (result.code, result.tracebacks) == (1, 1), result.output
+    assert f"`model_quantization_config: {FORMATS[published]}`" in result.error
+    assert "Loading weights" not in result.output
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("published", FORMATS)
+def test_on_a_gpu_the_host_quantises_the_dequantised_experts(
+    published: str, config_for: Callable[..., Path], folder: Path
+) -> None:
+    config = config_for(published, quantize_moe_experts=True, bf16=True)
+    result = run_on_gpu("train", config)
+    assert result.code == 0, result.output
+    assert "Quantized 4 MoE expert parameter(s) to 4-bit" in result.output
+    losses = [line["loss"] for line in log_history(config.with_suffix(""))]
+    assert losses[-1] < losses[0] == pytest.approx(loss_of(in_full(folder, published), folder), rel=0.02)
