@@ -194,7 +194,7 @@ def _base(model: nn.Module, cfg: DictDefault) -> tuple[int | None, str]:
     sizes = {id(p): p.nbytes for p in (*model.parameters(), *model.buffers())}
     sizes |= {id(p): _quantised_bytes(p, cfg) for p in _quantised(model, cfg)}
     size = sum(sizes.values())
-    kind = "4 bits" if cfg.load_in_4bit else "8 bits" if cfg.load_in_8bit else ""
+    kind = "8 bits" if cfg.load_in_8bit else "4 bits" if cfg.load_in_4bit or cfg.quantize_moe_experts else ""
     if kind:
         remark += f", {kind} where it is quantised"
     processes = int(os.environ.get("WORLD_SIZE", 1))
@@ -218,10 +218,10 @@ def _layers(model: nn.Module) -> Iterator[nn.Module]:
 
 def _quantised(model: nn.Module, cfg: DictDefault) -> Iterator[nn.Parameter]:
     """The parameters that bitsandbytes quantises while they are loaded."""
-    if not (cfg.load_in_4bit or cfg.load_in_8bit):
-        return
+    # of a base that is dequantised while it loads, the experts alone
+    with_layers = (cfg.load_in_4bit or cfg.load_in_8bit) and not cfg.model_quantization_config
     for module in model.modules():
-        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
+        if with_layers and isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
             yield module.weight
         if cfg.quantize_moe_experts:
             yield from _stacks(module).values()

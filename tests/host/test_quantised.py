@@ -131,14 +131,15 @@ def test_loss_and_gradients_are_those_on_the_dequantised_experts(
             setattr(experts, name, nn.Parameter(weight, requires_grad=False))
     loss, gradients = loss_and_gradients(attach(base, adapter))
     expected_loss, expected = loss_and_gradients(attach(full, adapter))
-    assert torch.equal(loss, expected_loss)
+    # elsewhere than on a CPU sums have no fixed order
+    assert torch.equal(loss, expected_loss) if device == "cpu" else abs(loss / expected_loss - 1) < 1e-2
     assert gradients.keys() == expected.keys()
     for name, gradient in expected.items():
         assert gradient.abs().sum() > 0 or "router" in name, name
-        if device == "cpu":  # elsewhere sums have no fixed order
+        if device == "cpu":
             assert torch.equal(gradients[name], gradient), name
         else:
-            torch.testing.assert_close(gradients[name], gradient, rtol=2e-2, atol=1e-4)
+            assert (gradients[name] - gradient).norm() <= 0.02 * gradient.norm(), name
 
 
 @every_width
