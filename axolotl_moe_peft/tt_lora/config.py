@@ -30,7 +30,7 @@ class TTLoraConfig(ModulesToSaveConfig):
         default_factory=lambda: ["q_proj", "v_proj"],
         metadata={
             "help": "Linear layers: names or suffixes of names, one regular expression, or all-linear (all but the "
-            "output layer)."
+            "output layer). Of a model of text and images those of its text part, unless they name others."
         },
     )
     factors: Literal["auto"] | dict[str, dict[str, list[int]]] = field(

@@ -15,7 +15,7 @@ from ..shared.tuner import Tuner
 from .config import TTLoraConfig
 from .factors import Factors, auto_factors, check_product
 from .layer import TTLoraLinear, kept_matrices, linear_shape
-from .targets import endings, has_suffix, idle_layers, read_layers, target_layers
+from .targets import endings, has_suffix, idle_layers, layers_of_version_0_1, read_layers, target_layers
 
 
 class TTLoraModel(Tuner):
@@ -54,7 +54,7 @@ class TTLoraModel(Tuner):
         if not peft_config.inference_mode:
             _warn_of_waste(names, peft_config.rank)
         if peft_config.is_saved:
-            _warn_of_idle({name: reason for name, reason in idle_layers(model).items() if name in layers})
+            _warn_of_idle(idle_layers(model, layers))
 
     def _check_target_module_exists(self, peft_config: TTLoraConfig, key: str) -> bool:
         return key in self._targets
@@ -123,19 +123,20 @@ class TTLoraModel(Tuner):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for adapter_name, config in self.peft_config.items():
-            if config.is_saved and config.target_modules == "all-linear":
+            if config.is_saved:
                 self._add_layers_of_the_file(adapter_name, config, state_dict, f"{prefix}model.")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _add_layers_of_the_file(
         self, adapter_name: str, config: TTLoraConfig, state_dict: dict[str, Any], prefix: str
     ) -> None:
-        """Adapt the layers that all-linear meant in version 0.1, if the adapter in this file has them."""
+        """Adapt the layers that the same targets meant in version 0.1, if the adapter in this file has them."""
         own = f".{self.prefix}in_0.{adapter_name}"
         in_file = {key.removeprefix(prefix).removesuffix(own) for key in state_dict if key.endswith(own)}
-        idle = {name: why for name, why in idle_layers(self.model).items() if name in in_file}
+        adapted = {name for name, layer in self._layers().items() if adapter_name in layer.tt_config}
+        more = [n for n in layers_of_version_0_1(config, self.model) if n in in_file and n not in adapted]
         others = next(iter(self._layers().values()))
-        for name in idle:
+        for name in more:
             parent_name, _, child = name.rpartition(".")
             parent = self.model.get_submodule(parent_name)
             self._create_and_replace(config, adapter_name, getattr(parent, child), child, parent, name)
@@ -143,7 +144,7 @@ class TTLoraModel(Tuner):
             layer.enable_adapters(not others.disable_adapters)
             layer.set_adapter(others.active_adapters, inference_mode=config.inference_mode)
         config._tensor_names = frozenset(self._tensor_names(adapter_name))
-        _warn_of_idle(idle)
+        _warn_of_idle(idle_layers(self.model, more))
 
     def _layers(self) -> dict[str, TTLoraLinear]:
         """The adapted layers by name in the model."""

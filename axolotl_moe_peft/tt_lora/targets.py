@@ -13,6 +13,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .config import TTLoraConfig
@@ -39,8 +40,9 @@ _INSPECTIONS = ("getattr", "hasattr", "id", "isinstance", "len", "type")
 def target_layers(config: TTLoraConfig, model: nn.Module) -> dict[str, nn.Module]:
     """The linear layers that `config.target_modules` matches, by name, as they were before any adapter.
 
-    A saved adapter may have matched layers that a new one is refused beside: version 0.1 did not ask what they are to
-    the model.
+    Of a model of text and images they are those of its text part; other parts have to be named, by targets that match
+    nothing in it, or by a regular expression. A saved adapter may have matched layers that a new one is refused
+    beside: version 0.1 did not ask what they are to the model.
 
     Raises:
         ValueError: a target matches nothing, or something else than linear layers that the model calls.
@@ -52,6 +54,13 @@ def target_layers(config: TTLoraConfig, model: nn.Module) -> dict[str, nn.Module
         return _all_linear(config, model, modules, linear)
     matched = {n: module for n, module in modules.items() if n and BaseTuner._check_target_module_exists(config, n)}
     if isinstance(targets, list):
+        of_text = set(_of_text(model, matched))
+        elsewhere = [t for t in targets if not any(has_suffix(name, t) for name in of_text)]
+        matched = {
+            name: module
+            for name, module in matched.items()
+            if name in of_text or any(has_suffix(name, target) for target in elsewhere)
+        }
         unmatched = [repr(t) for t in targets if not any(has_suffix(name, t) for name in matched)]
     else:
         unmatched = [] if matched else [f"the regular expression {targets!r}"]
@@ -84,12 +93,21 @@ def _all_linear(
     among = SimpleNamespace(target_modules=set(linear), modules_to_save=config.modules_to_save)
     return {
         name: module
-        for name, module in linear.items()
+        for name, module in _of_text(model, linear).items()
         if module is not output_layer
         and name not in heads
         and BaseTuner._check_target_module_exists(among, name)
         and not why_idle(name, modules)
     }
+
+
+def _of_text(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Those of these modules that are in the text part of a model of text and images (or sounds); else all of them."""
+    if not isinstance(model, PreTrainedModel) or model.config.get_text_config() is model.config:
+        return modules
+    text = model.get_decoder()
+    name = next(name for name, module in model.named_modules() if module is text)
+    return {n: module for n, module in modules.items() if not name or n.startswith(f"{name}.")}
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -125,11 +143,18 @@ def is_read(name: str, modules: dict[str, nn.Module]) -> bool:
     return attribute in _weights_read(type(modules[parent]))
 
 
-def idle_layers(model: nn.Module) -> dict[str, str]:
-    """The linear layers of a model beside which an adapter would not act everywhere, or not learn: name and reason."""
+def layers_of_version_0_1(config: TTLoraConfig, model: nn.Module) -> list[str]:
+    """The linear layers that these targets matched in version 0.1, which asked nothing else of them."""
+    linear = [name for name, module in _unwrapped_modules(model).items() if linear_shape(module) is not None]
+    if config.target_modules == "all-linear":
+        return linear
+    return [name for name in linear if BaseTuner._check_target_module_exists(config, name)]
+
+
+def idle_layers(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Those of these linear layers beside which an adapter would not act everywhere, or not learn: name and reason."""
     modules = _unwrapped_modules(model)
-    linear = [name for name, module in modules.items() if linear_shape(module) is not None]
-    return {name: reason for name in linear if (reason := why_idle(name, modules))}
+    return {name: reason for name in names if (reason := why_idle(name, modules))}
 
 
 def read_layers(model: nn.Module, names: Iterable[str]) -> list[str]:
