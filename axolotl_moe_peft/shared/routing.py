@@ -14,9 +14,9 @@ from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .linear import linear
 from .precision import without_autocast
 
 _P, _R = ParamSpec("_P"), TypeVar("_R")
@@ -42,7 +42,7 @@ def in_float32(function: Callable[_P, _R]) -> Callable[_P, _R]:
 @in_float32
 def router_logits(x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """Score the experts for each token: float32 (T, N), whatever the dtypes and autocast say."""
-    return F.linear(x_TD.float(), weight_ND.float(), None if bias_N is None else bias_N.float())
+    return linear(x_TD, weight_ND.float(), None if bias_N is None else bias_N.float())
 
 
 @in_float32

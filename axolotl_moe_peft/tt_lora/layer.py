@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..shared.linear import linear
 from ..shared.precision import compute_dtype, without_autocast
 from ..shared.tuner import TunerLayer
 from .config import TTLoraConfig
@@ -144,10 +145,8 @@ class TTLoraLinear(nn.Module, TunerLayer):
         return output
 
     def _delta(self, adapter_name: str, x: Tensor) -> Tensor:
-        dtype = compute_dtype(x)
-        down_RI, up_RO = self._matrices(adapter_name, dtype)
-        x = F.dropout(x.to(dtype), self.tt_config[adapter_name].dropout, self.training)
-        return F.linear(x, down_RI) @ up_RO
+        down_RI, up_RO = self._matrices(adapter_name, compute_dtype(x))
+        return linear(x, down_RI, dropout=self.tt_config[adapter_name].dropout if self.training else 0.0) @ up_RO
 
     def _matrices(self, adapter_name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         if torch.compiler.is_compiling() or self.training or torch.is_grad_enabled() or (kept := _kept.get()) is None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from axolotl_moe_peft import TTLoraConfig
+from axolotl_moe_peft.shared.dropout import Mask
 from axolotl_moe_peft.tt_lora import TTLoraLinear
 from axolotl_moe_peft.tt_lora import layer as layer_module
 from axolotl_moe_peft.tt_lora.factors import Factors
@@ -145,7 +146,8 @@ def test_dropout_is_on_the_adapters_input_and_in_training_only():
     torch.manual_seed(5)
     out = layer(x)
     torch.manual_seed(5)
-    dropped = F.dropout(x, 0.4)
+    mask = Mask.draw(0.4)
+    dropped = mask.dropper(x.device)(x.clone()) * mask.scale
     expected = layer.base_layer(x) + 2.0 * (dropped.double() @ dense_update(layer).T).float()
     torch.testing.assert_close(out, expected, **CLOSE)
     plain = layer.base_layer(x) + 2.0 * (x.double() @ dense_update(layer).T).float()
