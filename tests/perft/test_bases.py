@@ -12,7 +12,8 @@ from torch._subclasses import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
 from axolotl_moe_peft import PerftConfig
-from axolotl_moe_peft.perft import PerftLayer
+from axolotl_moe_peft.perft import PerftLayer, units
+from axolotl_moe_peft.perft.dispatch import BlockedSlots, HostSlots
 from axolotl_moe_peft.shared.auxiliary import AuxiliaryLosses, ForwardPass
 from axolotl_moe_peft.shared.routing import Routing
 from tests.moe_families import tiny_family_model
@@ -134,10 +135,19 @@ def test_a_model_is_pickled_and_copied_where_the_bare_one_is(family):
 
 
 @pytest.mark.parametrize(
-    ("variant", "dtype"), [("routed", torch.float32), ("embedded", torch.float32), ("routed", torch.bfloat16)], ids=str
+    ("variant", "dtype", "kind"),
+    [
+        ("routed", torch.float32, HostSlots),
+        ("embedded", torch.float32, HostSlots),
+        ("routed", torch.bfloat16, HostSlots),
+        ("routed", torch.float32, BlockedSlots),
+        ("embedded", torch.float32, None),
+    ],
+    ids=str,
 )
-def test_compiled_equals_eager(variant, dtype):
+def test_compiled_equals_eager(variant, dtype, kind, monkeypatch):
     torch._dynamo.reset()
+    monkeypatch.setattr(units, "slots_for", lambda *_: kind)
     ids, losses, gradients = random_ids(2, 8), [], []
     for compiled in (False, True):
         model = get_peft_model(tiny_model("mixtral", num_hidden_layers=1).to(dtype), config(variant)).train()
