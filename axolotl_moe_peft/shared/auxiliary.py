@@ -103,7 +103,9 @@ class _AddAuxiliaryLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        scale = torch.as_tensor(ctx.forward_pass.find_scale()).to(dtype=ctx.dtype, device=ctx.device)
+        scale, of_loss = ctx.forward_pass.find_scale(), {"dtype": ctx.dtype, "device": ctx.device}
+        # a number that is copied to an accelerator is waited for, one that it is filled with is not
+        scale = scale.to(**of_loss) if isinstance(scale, Tensor) else torch.full((), scale, **of_loss)
         return grad_x, scale / max(ctx.forward_pass.runs[ctx.layer], 1), None, None
 
 

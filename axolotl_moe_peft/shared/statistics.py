@@ -58,7 +58,8 @@ class Figures:
         twice in a forward pass has the mean of both, and no more weight among the layers than another.
         """
         value = value.detach().float()
-        count = torch.as_tensor(count, dtype=torch.float32, device=value.device)
+        # not torch.as_tensor: a number that is copied to an accelerator is waited for
+        count = count.to(value) if isinstance(count, Tensor) else value.new_full((), count)
         layers = self._means.setdefault(name, {})
         layers[layer] = layers.get(layer, 0) + torch.stack([value * count, count])
 

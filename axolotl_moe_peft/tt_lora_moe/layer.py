@@ -157,9 +157,9 @@ class TTLoraPoolLinear(nn.Module, TunerLayer):
         down_PI, up_PO = (F.pad(torch.cat(side), (0, 0, 0, padding)).to(dtype) for side in zip(*pairs))
         gate_BSP = None
         if len(pairs) > 1:
-            expert_P = torch.tensor(
-                [e for e, rank in zip(choice.distinct, ranks) for _ in range(rank)] + [choice.distinct[-1]] * padding,
-                device=choice.expert_BS.device,
-            )
+            ranks[-1] += padding
+            # filled, not copied: a tensor that is copied to an accelerator is waited for
+            experts_P = [choice.expert_BS.new_full((rank,), e) for e, rank in zip(choice.distinct, ranks)]
+            expert_P = torch.cat(experts_P)
             gate_BSP = (choice.expert_BS.unsqueeze(-1) == expert_P).to(dtype)
         return _Matrices(choice, dtype, down_PI, up_PO, gate_BSP)

@@ -22,13 +22,14 @@ EXPERTS: dict[str, dict[str, Any]] = {
 
 
 def save_experts(
-    folder: Path, family: str = "llama", names: Sequence[str] = tuple(EXPERTS), **keys: Any
+    folder: Path, family: str = "llama", names: Sequence[str] = tuple(EXPERTS), num_hidden_layers: int = 2, **keys: Any
 ) -> list[dict]:
     """Save one random tt_lora adapter for each name; the entries for `experts`."""
     for name in names:
         torch.manual_seed(sum(map(ord, name)))
         config = TTLoraConfig(**(EXPERTS.get(name, {"alpha": 700}) | keys), task_type="CAUSAL_LM")
-        peft.get_peft_model(tiny_model(family), config).save_pretrained(folder / name)
+        base = tiny_model(family, num_hidden_layers=num_hidden_layers)
+        peft.get_peft_model(base, config).save_pretrained(folder / name)
     return [{"name": name, "path": str(folder / name)} for name in names]
 
 
