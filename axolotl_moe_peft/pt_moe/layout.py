@@ -84,10 +84,13 @@ class Layout:
 
     def insert(self, embeds_BSD: Tensor, prompts_QTD: Tensor) -> Tensor:
         """Embeddings (B, S, D) with the prompts (Q, T, D), of one dtype, where they belong: (B, L, D)."""
-        rows = embeds_BSD.new_zeros(self.shape[0] * self.shape[1], embeds_BSD.shape[-1])
-        rows = rows.index_copy(0, self.token_BS.flatten(), embeds_BSD.flatten(0, 1))
-        rows = rows.index_copy(0, self.prompt_QT.flatten(), prompts_QTD.flatten(0, 1))
-        return rows.view(*self.shape, -1)
+        # one selection, of which backward needs no rows; the last is what fills up
+        parts = [embeds_BSD.flatten(0, 1), prompts_QTD.flatten(0, 1), embeds_BSD.new_zeros(1, embeds_BSD.shape[-1])]
+        rows = torch.cat(parts)
+        places = torch.cat([self.token_BS.flatten(), self.prompt_QT.flatten()])
+        source = places.new_full((self.shape[0] * self.shape[1],), len(rows) - 1)
+        source[places] = torch.arange(len(places), device=places.device)
+        return rows.index_select(0, source).view(*self.shape, -1)
 
     def move(self, position_KBS: Tensor) -> Tensor:
         """Positions of several kinds with those of the prompts, text that moves all that follows it: (K, B, L)."""
