@@ -91,6 +91,13 @@ CHECKS = [
     ),
     _benchmark("PERFT: routed adapters alone", "perft_branch", "--tokens 16384", "--tokens 64", 60),
     _benchmark(
+        "PERFT: ways",
+        "perft_ways",
+        "--tokens 8192 --repeats 12 --dtypes bfloat16 float16 float32",
+        "--tokens 32",
+        60,
+    ),
+    _benchmark(
         "PT-MoE: packing, decoding",
         "pt_moe_step",
         "--size llama-3.2-1b --rows 64 --sequence-len 2048 --repeats 6 --attention sdpa flex_attention",

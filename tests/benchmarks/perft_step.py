@@ -69,6 +69,15 @@ ADAPTERS = {
     "routed": PerftConfig(
         variant="routed", num_experts=8, num_experts_per_tok=2, rank=RANK, alpha=ALPHA, task_type="CAUSAL_LM"
     ),
+    "routed, dropout": PerftConfig(
+        variant="routed",
+        num_experts=8,
+        num_experts_per_tok=2,
+        rank=RANK,
+        alpha=ALPHA,
+        dropout=0.05,
+        task_type="CAUSAL_LM",
+    ),
     "embedded": PerftConfig(variant="embedded", rank=RANK, alpha=ALPHA, task_type="CAUSAL_LM"),
     "lora": LoraConfig(
         r=RANK,
@@ -81,6 +90,7 @@ ADAPTERS = {
 }
 TIME_RATIOS = (
     ("routed", "frozen"),
+    ("routed, dropout", "frozen"),
     ("embedded", "frozen"),
     ("lora", "frozen"),
     ("lora q, v", "frozen"),

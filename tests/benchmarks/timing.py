@@ -16,7 +16,7 @@ import torch
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "peft", "trl", "liger-kernel", "bitsandbytes", "axolotl")
 HEADER = ("measured", "median", "min", "max")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Spread(NamedTuple):
