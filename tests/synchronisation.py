@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -73,17 +72,3 @@ def host_reads(device_type: str) -> Iterator[HostReads]:
     reads = HostReads(device_type)
     with _PythonCalls(reads), _Operations(reads):
         yield reads
-
-
-def without_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The meta device has no autocast, not even one to switch off."""
-    autocast = torch.autocast
-
-    def on_real_devices(device_type: str, *args: Any, **kwargs: Any) -> contextlib.AbstractContextManager:
-        return contextlib.nullcontext() if device_type == "meta" else autocast(device_type, *args, **kwargs)
-
-    enabled = torch.is_autocast_enabled
-    monkeypatch.setattr(torch, "autocast", on_real_devices)
-    monkeypatch.setattr(
-        torch, "is_autocast_enabled", lambda device_type: device_type != "meta" and enabled(device_type)
-    )

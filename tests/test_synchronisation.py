@@ -7,7 +7,7 @@ from peft import get_peft_model
 from axolotl_moe_peft import PerftConfig, PTMoeConfig, TTLoraConfig, TTLoraMoeConfig
 from axolotl_moe_peft.perft import units
 from axolotl_moe_peft.perft.dispatch import BlockedSlots, GroupedSlots
-from tests.synchronisation import host_reads, without_autocast
+from tests.synchronisation import host_reads
 from tests.tiny_models import random_ids, tiny_config, tiny_model
 from tests.tt_lora_moe.pools import save_experts
 
@@ -56,15 +56,13 @@ def test_perft_never_waits(monkeypatch, variant, dropout, way):
     """Nor are there strides or alignments of operands that a grouped product would refuse."""
     if way == "gated" and dropout and variant in ("routed", "embedded"):
         return  # never chosen
-    without_autocast(monkeypatch)
     monkeypatch.setattr(units, "slots_for", lambda *_: WAYS[way])
     config = PerftConfig(variant=variant, rank=5, dropout=dropout, task_type="CAUSAL_LM", **PERFT[variant])
     assert not reads_of_a_step("olmoe", config)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_tt_lora_never_waits(monkeypatch, dropout):
-    without_autocast(monkeypatch)
+def test_tt_lora_never_waits(dropout):
     config = TTLoraConfig(rank=5, target_modules="all-linear", dropout=dropout, task_type="CAUSAL_LM")
     assert not reads_of_a_step("llama", config)
 
