@@ -16,6 +16,7 @@ from axolotl.utils.logging import get_logger
 from huggingface_hub import HfApi
 from peft import get_peft_model
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import register_parametrization
 from transformers import Trainer, TrainingArguments
 
@@ -24,6 +25,7 @@ from ..shared import step_memory
 from ..shared.summary import format_columns, format_size
 from .attach import peft_config
 from .base_model import model_without_weights
+from .quantised import close_cache, stacked_experts
 
 LOG = get_logger(__name__)
 
@@ -174,7 +176,7 @@ def _other_keys(cfg: DictDefault) -> Iterator[dict[str, Any]]:
     if cfg.fsdp_config or cfg.deepspeed or cfg.load_in_8bit or _is_stored_quantised(base):
         return
     quantised = {"load_in_4bit": True}
-    if any(_stacks(module) for module in base.modules()):
+    if next(stacked_experts(base), None):
         quantised["quantize_moe_experts"] = True
     if not all(cfg[key] for key in quantised):
         yield quantised
@@ -194,9 +196,8 @@ def _base(model: nn.Module, cfg: DictDefault) -> tuple[int | None, str]:
     sizes = {id(p): p.nbytes for p in (*model.parameters(), *model.buffers())}
     sizes |= {id(p): _quantised_bytes(p, cfg) for p in _quantised(model, cfg)}
     size = sum(sizes.values())
-    kind = "8 bits" if cfg.load_in_8bit else "4 bits" if cfg.load_in_4bit or cfg.quantize_moe_experts else ""
-    if kind:
-        remark += f", {kind} where it is quantised"
+    if next(_quantised(model, cfg), None) is not None:
+        remark += f", {8 if cfg.load_in_8bit else 4} bits where it is quantised"
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if cfg.fsdp_config and processes > 1:
         # each has its part of all layers, and one or two whole layers while they run
@@ -217,14 +218,14 @@ def _layers(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _quantised(model: nn.Module, cfg: DictDefault) -> Iterator[nn.Parameter]:
-    """The parameters that bitsandbytes quantises while they are loaded."""
+    """The parameters that are quantised while they are loaded."""
     # of a base that is dequantised while it loads, the experts alone
-    with_layers = (cfg.load_in_4bit or cfg.load_in_8bit) and not cfg.model_quantization_config
-    for module in model.modules():
-        if with_layers and isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
-            yield module.weight
-        if cfg.quantize_moe_experts:
-            yield from _stacks(module).values()
+    if (cfg.load_in_4bit or cfg.load_in_8bit) and not cfg.model_quantization_config:
+        for module in model.modules():
+            if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
+                yield module.weight
+    if cfg.quantize_moe_experts:
+        yield from (parameter for _, parameter in stacked_experts(model))
 
 
 def _quantised_bytes(parameter: nn.Parameter, cfg: DictDefault) -> int:
@@ -234,13 +235,6 @@ def _quantised_bytes(parameter: nn.Parameter, cfg: DictDefault) -> int:
     # double quantisation stores a scale in a byte, and one in float32 for every 256 of them
     scales = 4.0 if (cfg.bnb_config_kwargs or {}).get("bnb_4bit_use_double_quant") is False else 1 + 4 / 256
     return math.ceil(count * (0.5 + scales / _BLOCK))
-
-
-def _stacks(module: nn.Module) -> dict[str, nn.Parameter]:
-    """A module's own stacks of experts' weights."""
-    if isinstance(module, nn.Conv1d):
-        return {}
-    return {name: p for name, p in module.named_parameters(recurse=False) if p.dim() == 3}
 
 
 def _stored_bytes(base_model: str) -> int | None:
@@ -300,9 +294,18 @@ class _Dequantise(nn.Module):
 
 def _dequantise_on_access(model: nn.Module) -> None:
     # as the host does it, so that what autograd keeps of the dequantised weights is counted
-    for module in list(model.modules()):
-        for name in _stacks(module):
-            register_parametrization(module, name, _Dequantise(), unsafe=True)
+    modules = set()
+    for name, _ in list(stacked_experts(model)):
+        path, _, name = name.rpartition(".")
+        register_parametrization(model.get_submodule(path), name, _Dequantise(), unsafe=True)
+        modules.add(path)
+    for path in modules:
+        model.get_submodule(path).register_forward_pre_hook(_open_cache)
+        model.get_submodule(path).register_forward_hook(close_cache, always_call=True)
+
+
+def _open_cache(module: nn.Module, args: tuple) -> None:
+    parametrize._cache_enabled += 1
 
 
 def _optimizer_states(cfg: DictDefault, parameters: list[nn.Parameter]) -> tuple[int, str]:

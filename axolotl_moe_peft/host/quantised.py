@@ -96,7 +96,7 @@ def check_stacked_experts(cfg: DictDefault, model: nn.Module) -> None:
     Raises:
         ValueError: the base has no stacked experts.
     """
-    if cfg.quantize_moe_experts and not any(_stacked_experts(model)):
+    if cfg.quantize_moe_experts and not any(stacked_experts(model)):
         raise ValueError(
             f"`quantize_moe_experts` does not go with {type(model).__name__}, which has no experts in stacks of three "
             "dimensions. Remove the key; `load_in_4bit` and `load_in_8bit` quantise its linear layers."
@@ -109,7 +109,7 @@ def check_quantised_experts(model: nn.Module) -> None:
     Raises:
         ValueError: experts were not quantised.
     """
-    left = [name for name, _ in _stacked_experts(model)]
+    left = [name for name, _ in stacked_experts(model)]
     if left or not any(map(parametrize.is_parametrized, model.modules())):
         raise ValueError(
             f"`quantize_moe_experts`: {len(left)} expert weights were not quantised ({', '.join(left[:2])} ...). "
@@ -129,17 +129,18 @@ def end_caches_with_calls(model: nn.Module) -> None:
         for key, hook in list(module._forward_hooks.items()):
             if hook is moe_quant._disable_parametrization_cache and key not in module._forward_hooks_always_called:
                 del module._forward_hooks[key]
-                module.register_forward_hook(_close_cache, always_call=True)
+                module.register_forward_hook(close_cache, always_call=True)
 
 
-def _close_cache(module: nn.Module, args: tuple, output: Any) -> None:
+def close_cache(module: nn.Module, args: tuple, output: Any) -> None:
+    """A forward hook: what a module's call has dequantised is forgotten with it."""
     # not below 0: it also comes after a call that ended before its cache was opened
     parametrize._cache_enabled = max(0, parametrize._cache_enabled - 1)
     if not parametrize._cache_enabled:
         parametrize._cache = {}
 
 
-def _stacked_experts(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def stacked_experts(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """What the host's loader quantises with `quantize_moe_experts`."""
     for name, parameter in model.named_parameters():
         if parameter.ndim >= 3 and parameter.is_floating_point() and "expert" in name.lower():
