@@ -66,7 +66,7 @@ def estimate(cfg: DictDefault) -> list[Part]:
             f"base_model: {cfg.base_model!r} is built by code of its own or for classification; its memory is known "
             "once it is loaded."
         )
-    base_bytes, base_remark = _base(base, cfg)
+    base_bytes, base_remark = base_size(base, cfg)
     trained = [p for p in get_peft_model(base, peft_config(cfg)).parameters() if p.requires_grad]
     gradients = sum(p.nbytes for p in trained)
     activations = _activations(cfg, gradients)
@@ -187,7 +187,7 @@ def _empty(cfg: DictDefault, attention: str | None = None) -> nn.Module | None:
         return model_without_weights(cfg, dtype=cfg.torch_dtype, attn_implementation=attention)
 
 
-def _base(model: nn.Module, cfg: DictDefault) -> tuple[int | None, str]:
+def base_size(model: nn.Module, cfg: DictDefault) -> tuple[int | None, str]:
     """Bytes of the base as it is loaded, and as what."""
     count = sum(p.numel() for p in model.parameters())
     remark = f"{count:,} parameters, {str(next(model.parameters()).dtype).removeprefix('torch.')}"

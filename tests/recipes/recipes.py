@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 import yaml
+from axolotl.utils.dict import DictDefault
 from peft import PeftModel, get_peft_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from axolotl_moe_peft.host.args import CONFIGS
+from axolotl_moe_peft.host.memory import base_size
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "example_yamls"
@@ -42,10 +44,10 @@ def real_config(recipe: dict[str, Any], **overrides: Any) -> PretrainedConfig:
     return CONFIG_MAPPING[sizes["model_type"]](**sizes | overrides)
 
 
-def real_architecture(recipe: dict[str, Any]) -> PreTrainedModel:
+def real_architecture(recipe: dict[str, Any], dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The recipe's base model, without weights."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(real_config(recipe))
+        return AutoModelForCausalLM.from_config(real_config(recipe), dtype=dtype)
 
 
 def expert_recipes(recipe: dict[str, Any]) -> dict[str, str]:
@@ -90,3 +92,10 @@ def counts(name: str) -> tuple[int, int]:
     trainable = sum(row.parameters for row in rows)
     assert trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
     return trainable, sum(row.activated for row in rows)
+
+
+@cache
+def weights_bytes(name: str) -> int:
+    """Of the recipe's base model as it is loaded, all processes together if it is sharded."""
+    recipe = load(name)
+    return base_size(real_architecture(recipe, torch.bfloat16), DictDefault(recipe))[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.recipes.recipes import FOLDER, RECIPES, counts, load
+from tests.recipes.recipes import FOLDER, RECIPES, counts, load, weights_bytes
 
 README = FOLDER / "README.md"
 BEGIN, END = "<!-- recipes: written by python -m tests.recipes.table -->", "<!-- recipes end -->"
@@ -30,13 +30,14 @@ def method(recipe: dict[str, Any]) -> str:
 
 def table() -> str:
     """The recipes in Markdown, one line each."""
-    lines = ["| base model | method | trainable | per token | recipe |", "|---|---|---:|---:|---|"]
+    lines = ["| base model | weights | method | trainable | per token | recipe |", "|---|---:|---|---:|---:|---|"]
     for name in RECIPES:
         recipe = load(name)
         trainable, activated = counts(name)
         link = f"[{name}]({name})"
         base = recipe["base_model"].rpartition("/")[2]
-        lines.append(f"| {base} | {method(recipe)} | {trainable:,} | {activated:,} | {link} |")
+        size = f"{weights_bytes(name) / 1e9:.1f} GB"
+        lines.append(f"| {base} | {size} | {method(recipe)} | {trainable:,} | {activated:,} | {link} |")
     return "\n".join(lines)
 
 

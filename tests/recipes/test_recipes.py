@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.cli.cli_helpers import AxolotlPool, Result, log_history, save_tokenizer
 from tests.moe_families import FAMILIES, tiny_family_model
+from tests.published_formats import save_mxfp4
 from tests.recipes.recipes import (
     FOLDER,
     RECIPES,
@@ -35,6 +36,7 @@ from tests.recipes.recipes import (
     real_architecture,
     real_config,
     save_untrained_experts,
+    weights_bytes,
     with_experts,
 )
 from tests.recipes.table import readme_table, table
@@ -50,6 +52,7 @@ BASE_BILLIONS = {
     "mistralai/Mixtral-8x7B-v0.1": "46.7",
     "Qwen/Qwen3-30B-A3B": "30.5",
     "unsloth/gpt-oss-20b-BF16": "20.9",
+    "openai/gpt-oss-20b": "20.9",
     "deepseek-ai/DeepSeek-V2-Lite-Chat": "15.7",
     "zai-org/GLM-4.5-Air": "106",
     "meta-llama/Llama-3.2-1B": "1.23",
@@ -136,6 +139,13 @@ def test_the_header_says_what_the_adapter_holds_on_the_real_architecture(name: s
     assert (total, activated) == counts(name)
     assert closed_form == total
     assert "Checked with" in header(name)
+
+
+@every_recipe
+def test_the_header_says_how_large_the_weights_are_as_they_are_loaded(name: str) -> None:
+    stated = re.search(r"(\d+) GB of weights", header(name))
+    assert stated or load(name)["adapter"] != "perft"
+    assert not stated or int(stated[1]) == round(weights_bytes(name) / 1e9)
 
 
 @pytest.mark.parametrize("pattern", PAPERS)
@@ -231,6 +241,9 @@ def trained(axolotl: AxolotlPool, tmp_path_factory: pytest.TempPathFactory) -> C
             "attn_implementation": ATTENTION_ON_A_CPU.get(attention, attention),
         }
         del settings["output_dir"]
+        if recipe.get("quantize_moe_experts"):
+            settings["device_map"] = "cpu"
+            settings["plugins"] = ["tests.cli.cpu_training.QuantiseExpertsOnCpu", *settings["plugins"]]
         if recipe.get("val_set_size"):
             settings["val_set_size"] = 8
         for key, rows in (("datasets", 24), ("test_datasets", 4)):
@@ -251,12 +264,18 @@ def trained(axolotl: AxolotlPool, tmp_path_factory: pytest.TempPathFactory) -> C
 
 def tiny_base(recipe: dict[str, Any], folder: Path) -> Path:
     """The folder of a tiny random model of the family of the recipe's base."""
-    path = folder / recipe["base_model"].rpartition("/")[2]
+    # bitsandbytes packs matrices of such sizes on a CPU
+    sizes = {"hidden_size": 64} if recipe.get("quantize_moe_experts") else {}
+    path = folder / "-".join([recipe["base_model"].rpartition("/")[2], *map(str, sizes.values())])
     if path.exists():
         return path
     family = real_config(recipe).model_type
+    if recipe.get("model_quantization_config") == "Mxfp4Config":
+        save_mxfp4(path)
+        save_tokenizer(path)
+        return path
     if family in FAMILIES:
-        model = tiny_family_model(family)
+        model = tiny_family_model(family, **sizes)
     else:  # factors and prompts need the real width
         torch.manual_seed(0)
         sizes = {"num_hidden_layers": 1, "intermediate_size": 24, "vocab_size": VOCAB_SIZE}
