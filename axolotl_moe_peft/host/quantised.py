@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import transformers
 from axolotl.utils.dict import DictDefault
 from torch import nn
 from torch.nn.utils import parametrize
 from transformers import PretrainedConfig
+from transformers.quantizers import AutoHfQuantizer
 
 # Methods that bases are published in and through which gradients pass: their layers dequantise on the way.
 _TRAINED_THROUGH = ("bitsandbytes",)
@@ -77,7 +80,9 @@ def check_published_format(cfg: DictDefault, architecture: PretrainedConfig) -> 
             "{dequantize: true}`, which loads it in bf16; with `quantize_moe_experts: true` beside them its experts "
             f"are 4-bit again as they load{f'. Remove `{bits}`' if bits else ''}."
         )
-    if method not in (*_TRAINED_THROUGH, *DEQUANTISED):
+    if method in DEQUANTISED:
+        _check_that_it_is_read(cfg, architecture)
+    elif method not in _TRAINED_THROUGH:
         raise ValueError(
             f"base_model: {cfg.base_model!r} is published in {method}, which is not trained here: it takes kernels "
             f"that Axolotl does not bring, and they read an MoE's stacked experts not at all. {_UNQUANTISED} (an MoE: "
@@ -88,6 +93,18 @@ def check_published_format(cfg: DictDefault, architecture: PretrainedConfig) -> 
             f"`quantize_moe_experts` does not go with {cfg.base_model!r}, which is quantised already ({method}). "
             f"{_UNQUANTISED}."
         )
+
+
+def _check_that_it_is_read(cfg: DictDefault, architecture: PretrainedConfig) -> None:
+    # transformers 5.16 trips over the plans for tensor parallelism that configurations of FP8 bases bring
+    quantizer = AutoHfQuantizer.from_config(architecture.quantization_config)
+    try:
+        quantizer.update_tp_plan(copy.deepcopy(architecture))
+    except AttributeError:
+        raise ValueError(
+            f"base_model: {cfg.base_model!r} cannot be read by transformers {transformers.__version__} in "
+            f"{architecture.quantization_config['quant_method']}; 5.20 can, with axolotl 0.21. {_UNQUANTISED}."
+        ) from None
 
 
 def check_stacked_experts(cfg: DictDefault, model: nn.Module) -> None:
