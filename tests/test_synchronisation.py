@@ -38,8 +38,8 @@ def reads_of_a_step(family, config):
         model = (get_peft_model(base, config) if adapted else base).train()
         ids = torch.zeros(2, 16, dtype=torch.int64, device="meta")
         with host_reads("meta") as reads:
-            loss = model(input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids)).loss
-            loss.backward()
+            for mask in (None, torch.ones_like(ids)):
+                model(input_ids=ids, labels=ids, attention_mask=mask).loss.backward()
         assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
         found.append(reads.found)
     return found[1] - found[0]
