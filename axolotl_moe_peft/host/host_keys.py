@@ -130,7 +130,7 @@ HOST_KEYS: tuple[HostKey, ...] = (
     ),
     HostKey(
         "gptq",
-        "it takes kernels that Axolotl does not bring, and they do not read an MoE's stacked experts",
+        "it takes kernels that Axolotl does not bring, and no adapter has been seen to train through them",
         "Remove the key; use the base as it is published in bf16, with `load_in_4bit: true`.",
     ),
     HostKey(

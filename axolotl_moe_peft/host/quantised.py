@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from transformers import PretrainedConfig
 from transformers.quantizers import AutoHfQuantizer
 
-# Methods that bases are published in and through which gradients pass: their layers dequantise on the way.
+# Formats that bases are published in and whose layers let gradients through: what is tested.
 _TRAINED_THROUGH = ("bitsandbytes",)
 # Those that transformers can dequantise while it loads, and its class for the YAML's `model_quantization_config`.
 DEQUANTISED = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
@@ -84,9 +84,9 @@ def check_published_format(cfg: DictDefault, architecture: PretrainedConfig) -> 
         _check_that_it_is_read(cfg, architecture)
     elif method not in _TRAINED_THROUGH:
         raise ValueError(
-            f"base_model: {cfg.base_model!r} is published in {method}, which is not trained here: it takes kernels "
-            f"that Axolotl does not bring, and they read an MoE's stacked experts not at all. {_UNQUANTISED} (an MoE: "
-            "and `quantize_moe_experts: true`), which takes as little memory."
+            f"base_model: {cfg.base_model!r} is published in {method}, through which no adapter of this package has "
+            f"been seen to train. {_UNQUANTISED} (an MoE: and `quantize_moe_experts: true`), which takes as little "
+            "memory."
         )
     if method in _TRAINED_THROUGH and cfg.quantize_moe_experts:
         raise ValueError(
