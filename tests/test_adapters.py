@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from tests.tiny_adapters import BLOCKS, METHODS, config_of, families, randomised, trained
 from tests.tiny_models import PAD, random_ids, tiny_model
@@ -282,6 +283,22 @@ def test_the_status_of_a_model_and_its_layers_is_as_with_lora(kind, adapted, exp
             assert [getattr(layer, field) for field in same] == [getattr(of_lora, field) for field in same]
     with model.disable_adapter(), lora.disable_adapter():
         assert model.get_model_status().enabled is lora.get_model_status().enabled is False
+
+
+@pytest.mark.parametrize("kind", ["tt_lora", "tt_lora_moe", "pt_moe"])
+def test_a_base_whose_layer_is_on_the_disk_computes_as_one_in_memory(kind, adapted, experts_of, tmp_path):
+    """PERFT refuses it (tests/perft/test_bases.py)."""
+    base_of(kind).save_pretrained(tmp_path / "base")
+    parts = {
+        name: "cpu" for name in ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
+    }
+    base = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", device_map={**parts, "model.layers.1": "disk"}, offload_folder=str(tmp_path / "offloaded")
+    )
+    model = trained(kind, base, experts_of(families(kind)[0]))
+    assert torch.allclose(logits(model), logits(adapted(kind)), atol=1e-5)
+    own = [p for name, p in model.named_parameters() if any(part in name for part in ("ttcore_", "ttmoe_", "ptmoe_"))]
+    assert own and not any(p.is_meta for p in own)
 
 
 @every_kind

@@ -243,6 +243,13 @@ class TunerLayer(BaseTunerLayer):
         return None if parameter is None else parameter.device, None
 
 
+def adapter_device(base_layer: nn.Module) -> torch.device:
+    """Where what is beside a layer goes: where its weight is, or where accelerate brings an offloaded one in calls."""
+    device = base_layer.weight.device
+    called_on = getattr(getattr(base_layer, "_hf_hook", None), "execution_device", None)
+    return torch.device(called_on) if device.type == "meta" and called_on is not None else device
+
+
 def whole(parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
     """Where a base's parameters can be read outside its forward pass: DeepSpeed's ZeRO-3 loads it in parts.
 

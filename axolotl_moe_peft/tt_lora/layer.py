@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..shared.linear import linear
 from ..shared.precision import compute_dtype, without_autocast
-from ..shared.tuner import TunerLayer
+from ..shared.tuner import TunerLayer, adapter_device
 from .config import TTLoraConfig
 from .factors import Factors
 
@@ -77,7 +77,7 @@ class TTLoraLinear(nn.Module, TunerLayer):
             if name not in self.adapter_layer_names:
                 setattr(self, name, nn.ParameterDict())
                 self.adapter_layer_names += (name,)
-            core = torch.empty(shape, dtype=torch.float32, device=self.weight.device)
+            core = torch.empty(shape, dtype=torch.float32, device=adapter_device(self.get_base_layer()))
             getattr(self, name)[adapter_name] = nn.Parameter(core)
         self.tt_config[adapter_name] = config
         self.factors[adapter_name] = factors

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..shared.generation import PerThread
 from ..shared.precision import compute_dtype
-from ..shared.tuner import TunerLayer
+from ..shared.tuner import TunerLayer, adapter_device
 from ..tt_lora.layer import RANK_MULTIPLE, build_matrices, linear_shape
 
 
@@ -113,7 +113,7 @@ class TTLoraPoolLinear(nn.Module, TunerLayer):
         """
         if cores is None:
             cores = torch.zeros(sum(expert.num_parameters for expert in experts))
-        cores = cores.to(device=self.weight.device, dtype=torch.float32)
+        cores = cores.to(device=adapter_device(self.get_base_layer()), dtype=torch.float32)
         self.ttmoe_cores[adapter_name] = nn.Parameter(cores, requires_grad=False)
         self.frozen_peft_weight_names[adapter_name] = ("ttmoe_cores",)
         self.experts[adapter_name] = list(experts)
