@@ -68,13 +68,10 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     },
 }
 CASES = [
-    *(("load_in_4bit", adapter) for adapter in ("perft routed", "tt_lora", "pt_moe")),
+    *(("load_in_4bit", adapter) for adapter in ("perft routed", "tt_lora")),
     *(("load_in_8bit", adapter) for adapter in ("perft routed", "tt_lora")),
     *(("load_in_4bit, quantize_moe_experts", adapter) for adapter in ADAPTERS),
-    *(
-        ("load_in_8bit, quantize_moe_experts", adapter)
-        for adapter in ("perft embedded", "tt_lora", "tt_lora_moe", "pt_moe")
-    ),
+    *(("load_in_8bit, quantize_moe_experts", adapter) for adapter in ("perft embedded", "tt_lora_moe")),
 ]
 # step 0 is the base's
 FROM_ZERO = [(base, adapter) for base, adapter in CASES if adapter not in ("tt_lora_moe", "pt_moe")]

@@ -115,6 +115,7 @@ def test_experts_are_quantised_one_stack_at_a_time(bits: str, device: str, folde
     check_quantised_experts(model)
 
 
+@pytest.mark.matrix("base: load_in_{bits}, quantize_moe_experts", "{adapter}")
 @every_adapter
 @every_width
 @every_device
@@ -183,7 +184,7 @@ def live_bytes(model: PreTrainedModel) -> Iterator[LiveBytes]:
         handle.remove()
 
 
-@every_adapter
+@pytest.mark.parametrize("adapter", ["perft routed", "perft embedded", "tt_lora", "pt_moe"])
 @every_width
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_dequantised_experts_are_not_kept_for_backward(
