@@ -146,9 +146,10 @@ def base_scores(block: MoeBlock) -> Callable[[Tensor], Tensor]:
 def _probe_tokens(block: MoeBlock) -> Tensor:
     parameters = [p for m in (block.experts, block.router) if m is not None for p in m.parameters()]
     weight = next(p for p in parameters if p.is_floating_point())
-    scales = torch.logspace(*_PROBE_SCALES, _PROBE_TOKENS).unsqueeze(-1)
     size = (1, _PROBE_TOKENS, block.hidden_size)
-    tokens = torch.randn(size, generator=torch.Generator().manual_seed(0)) * scales
+    with torch.device("cpu"):
+        scales = torch.logspace(*_PROBE_SCALES, _PROBE_TOKENS).unsqueeze(-1)
+        tokens = torch.randn(size, generator=torch.Generator().manual_seed(0)) * scales
     return tokens.to(weight.device, weight.dtype)
 
 

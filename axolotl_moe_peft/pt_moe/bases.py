@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from ..shared.generation import CACHE_NAMES, arguments_of
@@ -106,8 +107,8 @@ def embedding_width(model: nn.Module) -> int:
 def keeps_apart(decoder: nn.Module, kinds: int | None = None) -> bool:
     """Whether positions that begin again keep the segments of a row apart; positions (B, S), or of several kinds.
 
-    They do where the attention mask is made of them, and where flash attention reads them; not where the mask is made
-    without them, nor in layers that go from token to token by a state (Mamba's, linear attention's, convolutions).
+    They do where the attention mask is made of them, and where the attention itself reads them; not where neither
+    does, nor in layers that go from token to token by a state (Mamba's, linear attention's, convolutions).
     """
     config = decoder.config.get_text_config()
     layers = [*(getattr(config, "layer_types", None) or ()), *(getattr(config, "layers_block_type", None) or ())]
@@ -118,14 +119,36 @@ def keeps_apart(decoder: nn.Module, kinds: int | None = None) -> bool:
         return False
     if config._attn_implementation not in ("eager", "sdpa") or not _has_values(weight):
         return True
-    embeds, position_ids = weight.new_zeros(1, 4, weight.shape[1]), torch.tensor([[0, 1, 0, 1]], device=weight.device)
-    if kinds is not None:
-        position_ids = position_ids.expand(kinds, -1, -1)
+    embeds, position_BS = weight.new_zeros(1, 4, weight.shape[1]), torch.tensor([[0, 1, 0, 1]], device=weight.device)
+    position_ids = position_BS if kinds is None else position_BS.expand(kinds, -1, -1)
     with _in_evaluation(decoder), torch.no_grad():
         _, arrived = _arriving(decoder, decoder, True, inputs_embeds=embeds, position_ids=position_ids)
     masks = [part for part in arrived if part is not None and part.dim() == 4 and part.shape[-2:] == (4, 4)]
-    within, across = (2, 2), (2, 0)
-    return bool(masks) and all(bool(mask[0, 0][within] != mask[0, 0][across]) for mask in masks)
+    if masks:
+        within, across = (2, 2), (2, 0)
+        return all(bool(mask[0, 0][within] != mask[0, 0][across]) for mask in masks)
+    placed = any(part is not None and part.shape == position_BS.shape and part.equal(position_BS) for part in arrived)
+    return placed and _attention_keeps_apart(config._attn_implementation, position_BS, weight.dtype)
+
+
+def _attention_keeps_apart(implementation: str, position_BS: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the attention by that name, which may not be transformers' own, looks at positions without a mask.
+
+    Args:
+        implementation: as a config has it.
+        position_BS: of two segments of two tokens.
+        dtype: of the model; kernels differ by it.
+    """
+    if implementation not in ALL_ATTENTION_FUNCTIONS:
+        return False
+    layer = nn.Module()
+    layer.is_causal, layer.num_key_value_groups = True, 1
+    query = torch.ones(1, 1, 4, 64, dtype=dtype, device=position_BS.device)
+    value = torch.zeros_like(query)
+    value[:, :, :2] = 1  # what the second segment must not see
+    with torch.no_grad():
+        out, *_ = ALL_ATTENTION_FUNCTIONS[implementation](layer, query, query, value, None, position_ids=position_BS)
+    return not bool(out[:, 2:].any())
 
 
 # ------------------------------------------------------------------------------------------------ at the first layer

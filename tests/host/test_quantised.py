@@ -18,7 +18,13 @@ from axolotl.utils.dict import DictDefault
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, core_model_loading
+from transformers import (
+    AutoModelForCausalLM,
+    MixtralForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    core_model_loading,
+)
 
 from axolotl_moe_peft.host.args import CONFIGS
 from axolotl_moe_peft.host.quantised import (
@@ -28,7 +34,7 @@ from axolotl_moe_peft.host.quantised import (
     end_caches_with_calls,
 )
 from tests.quantised_experts import quantised_experts
-from tests.tiny_models import random_ids, tiny_model
+from tests.tiny_models import random_ids, tiny_config, tiny_model
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "perft routed": {"rank": 4},
@@ -129,7 +135,7 @@ def test_loss_and_gradients_are_those_on_the_dequantised_experts(
         weights = {name: getattr(experts, name) for name in experts.parametrizations}
         for name, weight in weights.items():
             parametrize.remove_parametrizations(experts, name, leave_parametrized=False)
-            setattr(experts, name, nn.Parameter(weight, requires_grad=False))
+            setattr(experts, name, nn.Parameter(weight.to(full.dtype), requires_grad=False))
     loss, gradients = loss_and_gradients(attach(base, adapter))
     expected_loss, expected = loss_and_gradients(attach(full, adapter))
     # elsewhere than on a CPU sums have no fixed order
@@ -213,8 +219,9 @@ def test_on_a_gpu_a_step_takes_no_more_memory_with_more_layers_than_their_weight
     adapter: str, tmp_path: Path
 ) -> None:
     def peak_beyond_weights(num_layers: int) -> int:
-        sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_local_experts": 8}
-        tiny_model("mixtral", num_hidden_layers=num_layers, **sizes).bfloat16().save_pretrained(tmp_path / "base")
+        config = tiny_config("mixtral", num_hidden_layers=num_layers, hidden_size=512)
+        config.intermediate_size, config.num_local_experts = 1024, 8
+        MixtralForCausalLM(config).bfloat16().save_pretrained(tmp_path / "base")
         with quantised_experts("4bit"):
             base = AutoModelForCausalLM.from_pretrained(
                 tmp_path / "base", dtype=torch.bfloat16, device_map={"": "cuda"}

@@ -108,10 +108,10 @@ def test_the_ways_are_equal_to_rounding():
         ("cpu", torch.float32, 8, False, HostSlots),
         ("cpu", torch.float32, 16, True, HostSlots),
         ("cpu", torch.bfloat16, 64, True, HostSlots),
-        ("meta", torch.float32, 8, True, None),
-        ("meta", torch.float32, 16, True, BlockedSlots),
-        ("meta", torch.bfloat16, 32, True, None),
-        ("meta", torch.bfloat16, 64, True, BlockedSlots),
+        ("meta", torch.float32, 64, True, None),
+        ("meta", torch.float32, 128, True, BlockedSlots),
+        ("meta", torch.bfloat16, 64, True, None),
+        ("meta", torch.bfloat16, 128, True, BlockedSlots),
         ("meta", torch.bfloat16, 8, False, BlockedSlots),
     ],
 )
@@ -126,8 +126,9 @@ def test_which_way_is_taken(device, dtype, num_experts, gateable, expected):
 @pytest.mark.parametrize("dropout", [0.0, 0.05])
 def test_no_way_waits_for_the_gpu(dtype, num_experts, dropout):
     x = torch.randn(300, 2048, dtype=dtype, device="cuda").requires_grad_()
-    down = torch.randn(num_experts, 16, 2048, device="cuda").requires_grad_()
-    up = torch.randn(num_experts, 2048, 16, device="cuda").requires_grad_()
+    # small enough for sums over all tokens in float16
+    down = torch.randn(num_experts, 16, 2048, device="cuda").mul_(2048**-0.5).requires_grad_()
+    up = torch.randn(num_experts, 2048, 16, device="cuda").mul_(2048**-0.5).requires_grad_()
     weights = torch.rand(300, 2, device="cuda").requires_grad_()
     indices = choices(300, num_experts, 2).cuda()
     config = PerftConfig(num_experts=num_experts, num_experts_per_tok=2, dropout=dropout)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -17,6 +17,8 @@ from transformers import (
     RobertaForCausalLM,
     RobertaForMaskedLM,
 )
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.moe_families import tiny_family_model
 from tests.pt_moe.prompts import adapter_tensors, config, pt_moe, reference_logits
@@ -102,3 +104,38 @@ def test_packed_rows_are_refused_where_the_base_mixes_their_segments(family):
         return  # this version of transformers keeps them apart
     with pytest.raises(ValueError, match="keep the segments of a packed row apart.*Pad the rows"):
         pt_moe(base=base, setting="dpt")(input_ids=ids, position_ids=positions)
+
+
+@pytest.fixture
+def sdpa_without_masks() -> Iterator[Callable[[bool], None]]:
+    """Let sdpa get no masks for packed rows, as Axolotl 0.21 does, and look at positions itself, or not."""
+    attention, mask = ALL_ATTENTION_FUNCTIONS["sdpa"], ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+
+    def register(looks: bool) -> None:
+        def forward(module, query, key, value, attention_mask, position_ids=None, **kwargs):
+            if looks and attention_mask is None:
+                segment = (position_ids == 0).cumsum(-1)
+                attention_mask = (segment[:, None, :, None] == segment[:, None, None, :]).tril()
+            return attention(module, query, key, value, attention_mask, **kwargs)
+
+        ALL_ATTENTION_FUNCTIONS.register("sdpa", forward)
+        ALL_MASK_ATTENTION_FUNCTIONS.register("sdpa", lambda *args, **kwargs: None)
+
+    yield register
+    ALL_ATTENTION_FUNCTIONS.register("sdpa", attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register("sdpa", mask)
+
+
+def test_attention_that_looks_at_positions_keeps_segments_apart_without_a_mask(sdpa_without_masks):
+    ids, positions = random_ids(1, 9), torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+
+    def packed() -> torch.Tensor:
+        base = tiny_family_model("qwen3_moe", attn_implementation="sdpa")
+        return pt_moe(base=base, setting="dpt")(input_ids=ids, position_ids=positions).logits
+
+    expected = packed()
+    sdpa_without_masks(True)
+    torch.testing.assert_close(packed(), expected, rtol=1e-5, atol=1e-5)
+    sdpa_without_masks(False)
+    with pytest.raises(ValueError, match="keep the segments of a packed row apart.*Pad the rows"):
+        packed()
