@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from axolotl.utils.dict import DictDefault
@@ -25,6 +25,8 @@ class AdapterCallback(TrainerCallback):
         self.fresh = not cfg.lora_model_dir
         self.prediction_steps = 0
         self.memory_is_logged = False
+        self.log_line = LogLine()
+        trainer.callback_handler.callbacks.insert(0, self.log_line)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -41,7 +43,7 @@ class AdapterCallback(TrainerCallback):
             rows = self._tuner(kwargs["model"]).parameter_rows()
             LOG.info("memory of the adapter: %s", format_memory(rows, kwargs["optimizer"]))
         if control.should_log:
-            self._store(self._tuner(kwargs["model"]), "train")
+            self._store(self._tuner(kwargs["model"]), "statistics")
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -50,7 +52,7 @@ class AdapterCallback(TrainerCallback):
         # the host logs the evaluation before it tells of its end
         batches = kwargs["eval_dataloader"]
         if has_length(batches) and self.prediction_steps == len(batches):
-            self._store(self._tuner(kwargs["model"]), "eval")
+            self._store(self._tuner(kwargs["model"]), "eval_statistics", "eval_")
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -63,18 +65,42 @@ class AdapterCallback(TrainerCallback):
     def _tuner(self, model: torch.nn.Module) -> BaseTuner:
         return self.trainer.accelerator.unwrap_model(model).base_model
 
-    def _store(self, tuner: BaseTuner, mode: Literal["train", "eval"]) -> None:
-        """Put what the tuner has recorded since the last time on the host's next log line."""
-        statistics = getattr(tuner, {"train": "statistics", "eval": "eval_statistics"}[mode], None)
+    def _store(self, tuner: BaseTuner, figures_of: str, prefix: str = "") -> None:
+        """Put what the tuner has recorded since the last time on the next log line."""
+        statistics = getattr(tuner, figures_of, None)
         if statistics is None:
             return
         figures = statistics.pop(lambda tensor: self.trainer.accelerator.reduce(tensor, "sum"))
-        if hasattr(self.trainer, "store_metrics"):
-            prefix = "eval_" if mode == "eval" else ""
-            self.trainer.store_metrics({f"{prefix}{name}": value for name, value in figures.items()}, train_eval=mode)
-        else:  # TRL's: lists, averaged for the log line
-            for name, value in figures.items():
-                self.trainer._metrics[mode][name].append(value)
+        self.log_line.add({f"{prefix}{name}": value for name, value in figures.items()}, f"{prefix}loss")
+
+
+class LogLine(TrainerCallback):
+    """Puts figures on a log line of the trainer, whichever it is.
+
+    Not all trainers that the host takes have a place for figures of others, and those that have have different ones.
+    It is to be the first of the callbacks, so that whoever prints or sends a line has the figures in it.
+    """
+
+    def __init__(self) -> None:
+        self._figures: dict[str, float] = {}
+        self._beside: str | None = None
+
+    def add(self, figures: dict[str, float], beside: str) -> None:
+        """Have the next line that has the key `beside` hold these figures, too."""
+        self._figures, self._beside = figures, beside
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float],
+        **kwargs: Any,
+    ) -> None:
+        if self._beside in logs:
+            for line in (logs, state.log_history[-1]):
+                line.update(self._figures)
+            self._beside = None
 
 
 def _check_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
