@@ -1,15 +1,17 @@
-"""What FSDP2 has to be told so that its checkpoints hold a whole adapter, and resume."""
+"""FSDP2 as the launcher asks for it, and what it has to be told so that its checkpoints hold a whole adapter."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from accelerate.utils.fsdp_utils import _get_model_state_dict
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions
 from torch.distributed.tensor import DTensor
@@ -17,6 +19,48 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 LOG = get_logger(__name__)
+
+# keys of `fsdp_config`, and the variables in which accelerate's launcher has them
+_TEXTS = {
+    "auto_wrap_policy": "FSDP_AUTO_WRAP_POLICY",
+    "transformer_layer_cls_to_wrap": "FSDP_TRANSFORMER_CLS_TO_WRAP",
+    "state_dict_type": "FSDP_STATE_DICT_TYPE",
+}
+_FLAGS = {
+    "activation_checkpointing": "FSDP_ACTIVATION_CHECKPOINTING",
+    "cpu_ram_efficient_loading": "FSDP_CPU_RAM_EFFICIENT_LOADING",
+    "offload_params": "FSDP_OFFLOAD_PARAMS",
+    "reshard_after_forward": "FSDP_RESHARD_AFTER_FORWARD",
+}
+
+
+def take_over_from_launcher(cfg: dict[str, Any]) -> None:
+    """Have a YAML without `fsdp_config` say what accelerate's launcher, or its configuration file, asks for.
+
+    Without it the host does not set FSDP up. Accelerate shards the model all the same, and once an adapter that is no
+    LoRA is trained the host fails to save it.
+
+    Args:
+        cfg: the raw YAML.
+
+    Raises:
+        ValueError: the launcher asks for FSDP1.
+    """
+    if cfg.get("fsdp_config") or not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return
+    version = os.environ.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise ValueError(
+            f"accelerate's configuration or command line asks for FSDP{version}, which is not supported with "
+            f"`adapter: {cfg['adapter']}`. Write `fsdp_version: 2` there (`accelerate launch --fsdp_version 2`), or "
+            "leave FSDP out there and set `fsdp_version: 2` and `fsdp_config` in the YAML."
+        )
+    settings: dict[str, Any] = {key: os.environ[name] for key, name in _TEXTS.items() if name in os.environ}
+    settings |= {key: parse_flag_from_env(name) for key, name in _FLAGS.items() if name in os.environ}
+    if settings.get("auto_wrap_policy") == "SIZE_BASED_WRAP":  # else a number that means nothing
+        settings["min_num_params"] = int(os.environ["FSDP_MIN_NUM_PARAMS"])
+    LOG.info("FSDP2 as the launcher asks for it: fsdp_config: %s", settings)
+    cfg["fsdp_version"], cfg["fsdp_config"] = 2, settings
 
 
 class Fsdp2Checkpoints(TrainerCallback):
@@ -32,8 +76,7 @@ class Fsdp2Checkpoints(TrainerCallback):
             self._set_state_dict_type("SHARDED_STATE_DICT")
             LOG.info("checkpoints have the adapter twice: whole, and for resuming as a SHARDED_STATE_DICT")
         # of a SHARDED_STATE_DICT the host would make the final adapter from a checkpoint, rounded to bf16
-        if cfg.fsdp_config:  # else accelerate's own configuration asks for FSDP
-            cfg.fsdp_config.final_state_dict_type = "FULL_STATE_DICT"
+        cfg.fsdp_config.final_state_dict_type = "FULL_STATE_DICT"
 
     def _set_state_dict_type(self, kind: str) -> None:
         fsdp = self.trainer.accelerator.state.fsdp_plugin
@@ -62,9 +105,11 @@ def _gathers_adapters(model: PeftModel) -> bool:
 
 
 def _whole_adapter(model: PeftModel, device: torch.device) -> dict[str, Tensor]:
-    """The adapter's tensors by their names in the model, gathered from the processes of FSDP2; each must call."""
+    """What PEFT saves of the model, by names in it, gathered from the processes of FSDP2; each must call."""
+    tensors = model.state_dict()
+    saved = {id(tensor) for tensor in get_peft_model_state_dict(model, state_dict=tensors).values()}
     return {
         name: (tensor.to(device).full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
-        for name, tensor in model.state_dict().items()
-        if model.base_model.prefix in name
+        for name, tensor in tensors.items()
+        if id(tensor) in saved
     }

@@ -19,15 +19,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 
+_NAME = f"{__package__.partition('.')[0]}.MoePeftPlugin"
+
+
+def _check_name(plugins: Any) -> None:
+    """Check that the plugin has one name: by another Axolotl takes it for a second one, beside the installed."""
+    for name in plugins or []:
+        if name != _NAME and str(name).startswith(f"{__package__.partition('.')[0]}."):
+            raise ValueError(f"plugins: {name!r} is the plugin {_NAME!r} by another name; write `- {_NAME}`.")
+
+
 class MoePeftPlugin(BasePlugin):
     """Adds the adapters of this package and their blocks to Axolotl."""
 
     def register(self, cfg: dict[str, Any]) -> None:
         if cfg.get("adapter") in METHODS:
             from .datasets import prepare_datasets
+            from .fsdp2 import take_over_from_launcher
 
+            _check_name(cfg.get("plugins"))
             warn_of_newer_versions()
             prepare_datasets(cfg)
+            take_over_from_launcher(cfg)
 
     def get_input_args(self) -> str:
         return "axolotl_moe_peft.host.args.MoePeftArgs"

@@ -107,11 +107,16 @@ class AxolotlPool:
         stdin: str = "",
         processes: int | None = None,
         timeout: int = _TIMEOUT,
+        **environment: str,
     ) -> Result:
-        """Run a command, `processes` times at once as torchrun would; None is without torchrun."""
+        """Run a command, `processes` times at once as torchrun would; None is without torchrun.
+
+        `environment` is added to that of each process.
+        """
         launcher = ["--launcher", "python"] if command in ("train", "evaluate", "inference") else []
         arguments = [command, *launcher, str(config), *options]
         environments = [{}] if processes is None else _torchrun_environments(processes)
+        environments = [variables | environment for variables in environments]
         self._stdin.write_text(stdin)
         request = [arguments, str(self._stdin), str(self._log), environments, timeout]
         self._process.stdin.write(json.dumps(request) + "\n")

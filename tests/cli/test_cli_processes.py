@@ -114,11 +114,14 @@ def write_config(
 
 @pytest.fixture(scope="module")
 def train(axolotl: AxolotlPool, write_config: Callable[..., Path]) -> Callable[..., Run]:
-    """`train(adapter, mode, name, **keys)`: the finished run of such a configuration."""
+    """`train(adapter, mode, name, **keys)`: the finished run of such a configuration.
 
-    def run(adapter: str, mode: str | None, *args: Any, **keys: Any) -> Run:
+    `launcher` is what the launcher adds to the environment.
+    """
+
+    def run(adapter: str, mode: str | None, *args: Any, launcher: dict[str, str] = {}, **keys: Any) -> Run:
         config = write_config(adapter, mode, *args, **keys)
-        result = axolotl("train", config, processes=mode and 2, timeout=HANGS)
+        result = axolotl("train", config, processes=mode and 2, timeout=HANGS, **launcher)
         assert result.code == 0, result.error or result.output
         return Run(config.with_suffix(""))
 
@@ -213,6 +216,70 @@ def test_a_full_state_dict_is_written_where_the_host_resumes_from_it(
     assert (written / "pytorch_model_fsdp_0").exists() != resumes
     lost = "not by the host: accelerate saves the first process's part of an adapter in it (accelerate#4206)"
     record_property("matrix", ["processes: resume on 2, FSDP2 full state dict", "lora", "CPU" if resumes else lost])
+
+
+# as `accelerate launch` sets them by its options, or by its own configuration file
+LAUNCHER = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "MixtralDecoderLayer",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_OFFLOAD_PARAMS": "false",
+    "FSDP_MIN_NUM_PARAMS": "100000000",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    "FSDP_ACTIVATION_CHECKPOINTING": "false",
+    "FSDP_BACKWARD_PREFETCH": "BACKWARD_PRE",
+    "FSDP_USE_ORIG_PARAMS": "true",
+}
+
+
+@pytest.mark.matrix("processes: 2, FSDP2 by accelerate's configuration", "{adapter}")
+@pytest.mark.parametrize("adapter", ["perft", "tt_lora_moe"])
+def test_fsdp2_of_the_launcher_is_that_of_the_yaml(
+    adapter: str, train: Callable[..., Run], trained: Callable[[str, str | None], Run]
+) -> None:
+    run = train(adapter, "DDP", "by the launcher", launcher=LAUNCHER)
+    expected = trained(adapter, "FSDP2 full state dict")
+    assert_same(run, expected, rel=0)
+    for kind in ("pytorch_model_fsdp.bin", "pytorch_model_fsdp_0"):
+        paths = [folder / f"checkpoint-{STEPS}" / kind for folder in (run.folder, expected.folder)]
+        assert paths[0].exists() == paths[1].exists()
+
+
+def test_what_the_host_does_with_fsdp2_of_the_launcher(
+    axolotl: AxolotlPool, write_config: Callable[..., Path], record_property: Callable[[str, Any], None]
+) -> None:
+    """0.21 saves a LoRA of its own; other adapters, and with 0.19 LoRA too, are trained and then not saved."""
+    result = axolotl("train", write_config("lora", "DDP", "by the launcher"), processes=2, timeout=HANGS, **LAUNCHER)
+    assert result.code == 0 or "UnboundLocalError" in result.output
+    cell = "CPU" if result.code == 0 else "not by the host: it fails once it has trained"
+    record_property("matrix", ["processes: 2, FSDP2 by accelerate's configuration", "lora", cell])
+
+
+BESIDE = {"lora_modules_to_save": ["lm_head"], "peft_trainable_token_indices": [50, 60]}
+
+
+@pytest.mark.matrix("processes: 2, FSDP2 sharded state dict: lora_modules_to_save", "{adapter}")
+@pytest.mark.parametrize("adapter", ["perft"])
+def test_what_peft_trains_beside_an_adapter_is_in_its_checkpoints(adapter: str, train: Callable[..., Run]) -> None:
+    mode = "DDP"
+    keys = {**BESIDE, "lora_model_dir": None}
+    sharded = _fsdp2("SHARDED_STATE_DICT", False)
+    one, two = train(adapter, None, "beside", **keys), train(adapter, mode, "beside", **keys, **sharded)
+    assert_same(two, one)
+    for part in ("lm_head", "token_adapter"):
+        assert any(part in name for name in two.tensors), part
+    for step in range(1, STEPS + 1):
+        saved, expected = (adapter_tensors(run.folder / f"checkpoint-{step}") for run in (two, one))
+        assert saved.keys() == expected.keys()
+        for name, tensor in saved.items():
+            torch.testing.assert_close(tensor, expected[name], atol=1e-5, rtol=1e-4, msg=name)
+    checkpoint = str(two.folder / f"checkpoint-{STEPS - 1}")
+    assert_same(
+        train(adapter, mode, "beside, resumed", resume_from_checkpoint=checkpoint, **keys, **sharded), two, rel=0
+    )
 
 
 @pytest.mark.parametrize(
