@@ -13,6 +13,8 @@ from peft import PeftConfig, get_peft_model
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     PretrainedConfig,
@@ -33,6 +35,7 @@ def check_base_model(cfg: DictDefault) -> None:
     architecture, config = load_model_config(cfg), peft_config(cfg)
     check_published_format(cfg, architecture)
     _check_room_before_the_text(cfg, architecture, config)
+    _check_there_is_a_classifier(cfg, architecture)
     with torch.device("meta"):
         model = model_without_weights(cfg)
     if model is None:
@@ -64,6 +67,18 @@ def model_without_weights(cfg: DictDefault, **settings: Any) -> PreTrainedModel 
         return None
     auto_class = AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
     return auto_class.from_config(architecture, **{key: s for key, s in settings.items() if s is not None})
+
+
+def _check_there_is_a_classifier(cfg: DictDefault, architecture: PretrainedConfig) -> None:
+    for key, kind, known in (
+        ("reward_model", "sequences", MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
+        ("process_reward_model", "tokens", MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING),
+    ):
+        if cfg[key] and not cfg.trust_remote_code and type(architecture) not in known:
+            raise ValueError(
+                f"{key}: transformers has no classifier of {kind} for base_model: {cfg.base_model!r} "
+                f"({type(architecture).__name__}). Use another base model."
+            )
 
 
 def _check_room_before_the_text(cfg: DictDefault, architecture: PretrainedConfig, config: PeftConfig) -> None:

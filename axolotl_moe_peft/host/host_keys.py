@@ -62,6 +62,10 @@ def _begins_with(*names: str) -> Callable[[Any], bool]:
     return lambda value: str(getattr(value, "value", value)).startswith(names)
 
 
+def _names(part: str) -> Callable[[Any], bool]:
+    return lambda value: any(part in str(name) for name in value)
+
+
 def _is_one_of(*names: str) -> Callable[[Any], bool]:
     return lambda value: str(getattr(value, "value", value)) in names
 
@@ -75,6 +79,10 @@ _PAST_THE_MODEL = (
     "it computes the loss past the model's own forward pass, where the router losses of the adapter cannot act"
 )
 _OWN_LOSS = "the adapter trains by {loss_of_its_own} and computes no logits in training"
+_PAIRS = (
+    "it tells of every pair of tokens whether one sees the other, which has no room for a prompt, and lets answers be "
+    "read before they are to be known"
+)
 _SHARDED = "it gives every process a part of the base's layers, and an adapter of this package needs whole ones"
 
 HOST_KEYS: tuple[HostKey, ...] = (
@@ -115,6 +123,13 @@ HOST_KEYS: tuple[HostKey, ...] = (
             having=False,
         )
         for name in ("lora_modules_to_save", "peft_trainable_token_indices")
+    ),
+    HostKey(
+        "peft_trainable_token_indices",
+        "PEFT keeps a copy of the embeddings, which in all processes but the first has no values then",
+        "Remove `cpu_ram_efficient_loading`.",
+        attribute="trains_modules_of_the_base",
+        beside=("fsdp_config.cpu_ram_efficient_loading",),
     ),
     HostKey(
         "unfrozen_parameters",
@@ -187,9 +202,27 @@ HOST_KEYS: tuple[HostKey, ...] = (
     ),
     HostKey("dpo_use_liger_kernel", _PAST_THE_MODEL, "", beside=("rl",), losses=True),
     HostKey("trl.use_liger_loss", _PAST_THE_MODEL, "", beside=("rl",), losses=True),
+    *(HostKey(name, _OWN_LOSS, attribute="loss_of_its_own") for name in ("use_eaft", "use_dft", "kd_trainer")),
     *(
-        HostKey(name, _OWN_LOSS, attribute="loss_of_its_own")
-        for name in ("use_eaft", "use_dft", "kd_trainer", "diffusion")
+        HostKey(name, _PAIRS, attribute="needs_labels", values=values, shown=shown)
+        for name, values, shown in (
+            ("diffusion", bool, ""),
+            ("diffusion_lm", bool, ""),
+            ("plugins", _names("DiffusionPlugin"), "axolotl.integrations.diffusion.DiffusionPlugin"),
+        )
+    ),
+    *(
+        HostKey(
+            "gradient_accumulation_steps",
+            "Axolotl adds up the losses of the batches there instead of averaging them, and the router losses with "
+            "another scale than theirs would be others",
+            "Use `gradient_accumulation_steps: 1`.",
+            values=_more_than_one,
+            shown="above 1",
+            beside=(name,),
+            losses=True,
+        )
+        for name in ("diffusion", "diffusion_lm")
     ),
     *(
         HostKey(
@@ -199,6 +232,14 @@ HOST_KEYS: tuple[HostKey, ...] = (
             attribute="loss_of_its_own",
         )
         for name in ("reward_model", "process_reward_model")
+    ),
+    HostKey(
+        "reward_model",
+        "Axolotl packs rows of tokens, and these are pairs of answers",
+        "Remove `sample_packing`.",
+        beside=("sample_packing",),
+        attribute="loss_of_its_own",
+        having=False,
     ),
     *(
         HostKey(

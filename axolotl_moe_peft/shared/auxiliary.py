@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from .batches import IGNORE_INDEX, predicts_tokens, real_token_mask
 from .routing import ROUTER_LOSSES, Routing, acting_losses, expert_counts
 from .statistics import RouterStatistics
-from .trainer_step import TrainerStep, current_step, labels_of, watch_trainers
+from .trainer_step import TrainerStep, current_step, labels_of, padding_mask_of, watch_trainers
 
 _UNKNOWN_SCALE = (
     "the router losses of an adapter act, but the loss is computed outside the model and outside a Trainer, where "
@@ -227,7 +227,7 @@ class AuxiliaryLosses:
         batch = dict(zip(inspect.signature(module.forward).parameters, args)) | kwargs
         self.current = ForwardPass(
             token_mask=real_token_mask(
-                *(batch.get(k) for k in ("input_ids", "attention_mask", "position_ids")), labels_of(batch)
+                batch.get("input_ids"), padding_mask_of(batch), batch.get("position_ids"), labels_of(batch)
             ),
             share=share_of_accumulated_batch(batch, module),
             step=current_step(),

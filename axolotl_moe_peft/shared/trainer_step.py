@@ -33,12 +33,14 @@ class TrainerStep:
     Attributes:
         trainer: the trainer.
         labels: the batch's labels as the collator made them; None if it has none.
+        attention_mask: its mask, likewise.
         num_labels: how many of them the loss counts; None without labels.
         num_items_in_batch: that of all batches of the optimiser step, if the trainer counts them.
     """
 
     trainer: Trainer
     labels: Tensor | None
+    attention_mask: Tensor | None
     num_labels: Tensor | None
     num_items_in_batch: Tensor | int | None
 
@@ -77,6 +79,15 @@ def labels_of(call: Mapping[str, Any]) -> Tensor | None:
     return step.labels if labels is None and step is not None else labels
 
 
+def padding_mask_of(call: Mapping[str, Any]) -> Any:
+    """The attention mask of a model's call; that of the trainer's batch, of which it may have made one of pairs."""
+    mask, step, input_ids = call.get("attention_mask"), current_step(), call.get("input_ids")
+    if step is None or not isinstance(step.attention_mask, Tensor) or input_ids is None:
+        return mask
+    by_pairs = isinstance(mask, Tensor) and mask.dim() > 2
+    return step.attention_mask if by_pairs and step.attention_mask.shape == input_ids.shape else mask
+
+
 def watch_trainers() -> None:
     """Have `current_step` know the batches of all trainers from now on.
 
@@ -107,12 +118,12 @@ def _keep_step(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _read_step(trainer: Trainer, inputs: Any, num_items_in_batch: Any) -> TrainerStep:
-    labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
+    labels, mask = (inputs.get(k) if isinstance(inputs, Mapping) else None for k in ("labels", "attention_mask"))
     if not isinstance(labels, Tensor):
-        return TrainerStep(trainer, None, None, num_items_in_batch)
+        return TrainerStep(trainer, None, mask, None, num_items_in_batch)
     counted = labels
     if isinstance(inputs.get("shift_labels"), Tensor):
         counted = inputs["shift_labels"]
     elif trainer._loss_shifts_labels:
         counted = labels[..., 1:]
-    return TrainerStep(trainer, labels, (counted != IGNORE_INDEX).sum(), num_items_in_batch)
+    return TrainerStep(trainer, labels, mask, (counted != IGNORE_INDEX).sum(), num_items_in_batch)

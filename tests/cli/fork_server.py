@@ -2,7 +2,7 @@
 
     python -m tests.cli.fork_server FD [MODULE ...] < REQUESTS
 
-imports what `axolotl train`, `evaluate` and `merge-lora` import before they load a plugin, and MODULEs, and forks for
+imports MODULEs and what `axolotl train`, `evaluate` and `merge-lora` import before they load a plugin, and forks for
 each process of a command. A request is a line of JSON: the command's arguments, a file for its standard input, one for
 what it prints, what torchrun would put into the environment of each of its processes, and how many seconds it may
 take. A process that fails, and the end of the time, end the others. A byte with the exit code goes to the file
@@ -34,7 +34,7 @@ _IMPORTS = (
 
 def main() -> None:
     exit_codes = int(sys.argv[1])
-    for module in (*_IMPORTS, *sys.argv[2:]):
+    for module in (*sys.argv[2:], *_IMPORTS):
         importlib.import_module(module)
     gc.freeze()
     for line in sys.stdin:

@@ -32,6 +32,7 @@ VALUES: dict[str, Any] = {
     "sequence_parallel_degree": 2,
     "tensor_parallel_size": 2,
     "expert_parallel_size": 2,
+    "plugins": ["axolotl.integrations.diffusion.DiffusionPlugin"],
 }
 
 
@@ -43,7 +44,8 @@ def refused_value(key: HostKey) -> Any:
 
 def keys_beside(key: HostKey) -> dict[str, Any]:
     name, _, value = key.beside[0].partition(": ") if key.beside else ("", "", "")
-    return {name: value or True} if name else {}
+    block, _, part = name.partition(".")
+    return ({block: {part: True}} if part else {name: value or True}) if name else {}
 
 
 def cells() -> Iterator[Any]:
