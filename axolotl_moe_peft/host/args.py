@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from peft import PeftConfig
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, create_model, model_validator
 
 from ..registration import METHODS, config_class
 from .host_keys import BITS_AND_BYTES, QUANTISED_EXPERTS, check_host_keys, check_keys_beside_router_losses
+from .rows import KEY as ROWS_WITHOUT_PROMPT
 from .saved import CONTINUED, continued, own_fields, saved_adapters
+from .spelling import check_spelling
+
+# keys of a block that are for the rows: no part of the adapter
+_FOR_ROWS = {
+    ROWS_WITHOUT_PROMPT: (
+        Literal["raise", "drop"],
+        Field(default="raise", description="Rows whose first token is supervised: an error, or left out."),
+    )
+}
 
 CONFIGS: dict[str, type[PeftConfig]] = {name: config_class(name) for name in METHODS}
 
@@ -23,6 +33,8 @@ def _block_model(config_cls: type[PeftConfig]) -> type[BaseModel]:
         name: (hints[name], Field(description=f.metadata["help"], **_default(f)))
         for name, f in own_fields(config_cls).items()
     }
+    if "router_input" in fields:
+        fields |= _FOR_ROWS
     return create_model(f"{config_cls.__name__}Block", __config__=ConfigDict(extra="forbid"), **fields)
 
 
@@ -72,9 +84,9 @@ class MoePeftArgs(_Blocks):
         if data.get(adapter) is None:
             raise ValueError(f"`adapter: {adapter}` needs a `{adapter}:` block; `{adapter}: {{}}` takes the defaults.")
         own_keys = own_fields(CONFIGS[adapter])
-        _check_keys_of_the_block(adapter, data[adapter], list(own_keys))
+        _check_keys_of_the_block(adapter, data[adapter], list(BLOCKS[adapter].model_fields))
         check_host_keys(data, own_keys)
-        _check_spelling(data, cls)
+        check_spelling(data, [cls])
         return _check_command(data)
 
     @model_validator(mode="after")
@@ -90,6 +102,11 @@ class MoePeftArgs(_Blocks):
                     f"{adapter}.{key} means nothing with {setting}: {getattr(block, setting)}; remove it, or use "
                     f"{setting}: {value}."
                 )
+        if ROWS_WITHOUT_PROMPT in block.model_fields_set and not config.reads_prompts:
+            raise ValueError(
+                f"{adapter}.{ROWS_WITHOUT_PROMPT} means nothing where the router does not choose by prompts "
+                "(`router_input: sequence`, a single prompt); remove it."
+            )
         check_keys_beside_router_losses(self, config)
         saved = {key: continued(config, key, folder) for key, folder in saved_adapters(self)}
         config.check_parts(getattr(self, "base_model", None), saved.get(CONTINUED))
@@ -114,7 +131,7 @@ def config_of(adapter: str, block: Any) -> PeftConfig:
     Raises:
         ValueError: the block is wrong.
     """
-    return CONFIGS[adapter](**BLOCKS[adapter].model_validate(block).model_dump())
+    return CONFIGS[adapter](**BLOCKS[adapter].model_validate(block).model_dump(exclude=set(_FOR_ROWS)))
 
 
 def _check_keys_of_the_block(adapter: str, block: Any, known: list[str]) -> None:
@@ -125,17 +142,6 @@ def _check_keys_of_the_block(adapter: str, block: Any, known: list[str]) -> None
             nearest = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean `{nearest[0]}`? " if nearest else ""
             raise ValueError(f"{adapter}.{key}: no such key; {hint}The keys are {', '.join(known)}.")
-
-
-def _check_spelling(data: dict[str, Any], schema: type[BaseModel]) -> None:
-    """Refuse what is nearly a key of the schema, which Axolotl would drop without a word.
-
-    Commands put keys of their own beside the schema's, so that what resembles none of them passes.
-    """
-    known = {name for key, f in schema.model_fields.items() for name in (key, f.alias) if name}
-    for key in data:
-        if key not in known and (nearest := difflib.get_close_matches(str(key), known, n=1, cutoff=0.85)):
-            raise ValueError(f"`{key}` is no key of Axolotl's, which would ignore it; did you mean `{nearest[0]}`?")
 
 
 def _check_command(data: dict[str, Any]) -> dict[str, Any]:

@@ -1,13 +1,17 @@
-"""Rows without a prompt, found in the prepared datasets and not at the step that comes to them."""
+"""Rows without a prompt, found while datasets are prepared and not at the step that comes to them."""
 
 from __future__ import annotations
 
 import pyarrow.compute as pc
+from axolotl.utils.logging import get_logger
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..shared.batches import IGNORE_INDEX
 
+LOG = get_logger(__name__)
+
+KEY = "rows_without_prompt"
 _SHOWN = 5
 _ROWS_AT_A_TIME = 10_000
 _LENGTH = 60
@@ -18,28 +22,47 @@ def check_rows_have_prompts(name: str, rows: object, tokenizer: PreTrainedTokeni
 
     Args:
         name: what the rows are, for the message.
-        rows: the prepared rows; only a Dataset with labels can be looked through before training.
+        rows: tokenised rows; only a Dataset with labels can be looked through before training.
         tokenizer: shows how the rows begin.
 
     Raises:
         ValueError: some do; with their numbers and beginnings.
     """
-    if not isinstance(rows, Dataset) or "labels" not in rows.column_names:
-        return
+    if found := _rows_without_prompt(rows):
+        beginnings = (f"row {i}: {tokenizer.decode(rows[i]['input_ids'])[:_LENGTH]!r}" for i in found[:_SHOWN])
+        more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        raise ValueError(
+            f"{name}: {len(found)} of {len(rows)} rows begin with a supervised token, so that there is no prompt that "
+            f"the router could read (`router_input: prompt`): {'; '.join(beginnings)}{more}. Leave them out with "
+            f"`{KEY}: drop` in the adapter's block, or mask their prompts, or let the router read whole sequences "
+            "with `router_input: sequence`, in training and at inference."
+        )
+
+
+def drop_rows_without_prompt(name: str, rows: Dataset) -> Dataset:
+    """The rows that do not begin with a supervised token.
+
+    Raises:
+        ValueError: there are none.
+    """
     found = _rows_without_prompt(rows)
     if not found:
-        return
-    beginnings = (f"row {i}: {tokenizer.decode(rows[i]['input_ids'])[:_LENGTH]!r}" for i in found[:_SHOWN])
-    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-    raise ValueError(
-        f"{len(found)} of {len(rows)} {name} begin with a supervised token, so that there is no prompt that the "
-        f"router could read (`router_input: prompt`): {'; '.join(beginnings)}{more} (numbers of the prepared rows). "
-        "Take them out of their datasets, or mask their prompts, or let the router read whole sequences with "
-        "`router_input: sequence`, in training and at inference."
-    )
+        return rows
+    if len(found) == len(rows):
+        raise ValueError(f"{name}: all {len(rows)} rows begin with a supervised token; `{KEY}: drop` leaves none.")
+    LOG.info("%s: %d of %d rows have no prompt and are left out: %s", name, len(found), len(rows), _some(found))
+    without = set(found)
+    return rows.select([i for i in range(len(rows)) if i not in without])
 
 
-def _rows_without_prompt(rows: Dataset) -> list[int]:
+def _some(numbers: list[int]) -> str:
+    more = f" and {len(numbers) - _SHOWN} more" if len(numbers) > _SHOWN else ""
+    return ", ".join(map(str, numbers[:_SHOWN])) + more
+
+
+def _rows_without_prompt(rows: object) -> list[int]:
+    if not isinstance(rows, Dataset) or "labels" not in rows.column_names:
+        return []
     found: list[int] = []
     labels = rows.select_columns("labels").with_format("arrow")
     for start in range(0, len(rows), _ROWS_AT_A_TIME):

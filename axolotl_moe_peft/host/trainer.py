@@ -6,9 +6,10 @@ from axolotl.utils.dict import DictDefault
 from peft import PeftModel
 from transformers import Trainer, TrainerCallback
 
+from ..shared.batches import predicts_tokens
 from .args import CONFIGS
 from .callback import AdapterCallback
-from .dataset_experts import COLUMN, ExpertLabelCollator
+from .dataset_strategy import COLUMN, ExpertLabelCollator
 from .fsdp2 import Fsdp2Checkpoints
 from .rows import check_rows_have_prompts
 
@@ -24,9 +25,11 @@ def prepare_trainer(cfg: DictDefault, trainer: Trainer) -> list[TrainerCallback]
             router would find no prompt in some rows.
     """
     _check_trainable(trainer.model)
-    if trainer.model.peft_config[trainer.model.active_adapter].reads_prompts:
-        check_rows_have_prompts("rows", trainer.train_dataset, trainer.processing_class)
-        check_rows_have_prompts("rows for evaluation", trainer.eval_dataset, trainer.processing_class)
+    config = trainer.model.peft_config[trainer.model.active_adapter]
+    if config.reads_prompts and predicts_tokens(trainer.model.get_base_model()):
+        # those that were tokenised beforehand nobody has looked through
+        check_rows_have_prompts("prepared rows", trainer.train_dataset, trainer.processing_class)
+        check_rows_have_prompts("prepared rows for evaluation", trainer.eval_dataset, trainer.processing_class)
     if CONFIGS[cfg.adapter].needs_expert_labels:
         _collate_expert_labels(trainer)
     if cfg.rl and "ref" in trainer.model.peft_config:

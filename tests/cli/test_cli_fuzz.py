@@ -43,7 +43,8 @@ def test_it_trains_or_is_refused_by_name(
     tensors = adapter_tensors(tmp_path / "config")
     assert tensors and all(tensor.isfinite().all() for tensor in tensors.values()), what
     lines = log_history(tmp_path / "config")
-    assert len(lines) == 2 and all(math.isfinite(line["loss"]) for line in lines), what
+    # packed, the rows may be one batch
+    assert 1 <= len(lines) <= 2 and all(math.isfinite(line["loss"]) for line in lines), what
 
 
 def dataset(keys: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -54,6 +55,10 @@ def dataset(keys: dict[str, Any], folder: Path) -> dict[str, Any]:
         line = '{"system": "", "input": "what is %d?", "chosen": "ok", "rejected": "no"}'
         rows.write_text("".join(line % i + "\n" for i in range(8)))
         entry["type"] = "bradley_terry.chat_template"
+    elif keys.get("process_reward_model"):
+        line = '{"prompt": "what is %d?", "completions": ["ok", "no"], "labels": [true, false]}'
+        rows.write_text("".join(line % i + "\n" for i in range(8)))
+        entry["type"] = "stepwise_supervised"
     elif keys.get("rl"):
         lines = (
             '{"chosen": [{"role": "user", "content": "what is %d?"}, {"role": "assistant", "content": "ok"}], '

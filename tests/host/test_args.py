@@ -386,14 +386,6 @@ def test_what_peft_trains_beside_the_adapter_reaches_its_config(adapter: str, lo
     assert list(config.modules_to_save) == ["lm_head"] and list(config.trainable_token_indices) == [3]
 
 
-@pytest.mark.parametrize("key", ["gradient_acumulation_steps", "learning_rates", "sample_packin"])
-def test_a_misspelt_key_of_axolotls_is_refused_with_the_right_one(key: str, load: Load) -> None:
-    with pytest.raises(ValueError, match=f"`{key}` is no key of Axolotl's, .* did you mean"):
-        load(**{key: 2})
-    assert load(adapter="lora", perft=None, lora_r=8, lora_alpha=8, lora_target_linear=True, **{key: 2})
-    assert load(**{"x-notes": "mine", "notes_of_mine": 1})
-
-
 def test_datasets_of_other_adapters_may_have_keys_of_ours(load: Load) -> None:
     datasets = [{"path": "rows.jsonl", "type": "chat_template", "expert": "theirs"}]
     assert load(adapter="lora", perft=None, lora_r=8, lora_alpha=8, lora_target_linear=True, datasets=datasets)

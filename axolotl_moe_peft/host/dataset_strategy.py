@@ -1,8 +1,9 @@
-"""`expert:` of an Axolotl dataset: from the YAML to a column of its rows, and from there to the batch.
+"""What a router needs of an Axolotl dataset: from the YAML to its rows, and from there to the batch.
 
-The host's schema drops keys that it does not know, and its dataset cache does not look at them. So the name moves to
-`conversation`, a key without use that the schema keeps and the cache's hash contains, and `type` becomes this module,
-which the host then loads as a prompt strategy. The strategy leaves the rows to the type that was given and adds the
+That is `expert:`, which becomes a column of the rows, and that every row has a prompt. The host's schema drops keys
+that it does not know, and its dataset cache does not look at them. So what is wanted moves to `conversation`, a key
+without use that the schema keeps and the cache's hash contains, and `type` becomes this module, which the host then
+loads as a prompt strategy. The strategy leaves the rows to the type that was given, looks through them and adds the
 column `expert_labels`.
 """
 
@@ -21,21 +22,28 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from ..shared.batches import IGNORE_INDEX
+from .rows import check_rows_have_prompts, drop_rows_without_prompt
 
 COLUMN = "expert_labels"
 
 
-def tag_dataset(dataset: DictDefault, expert_names: list[str]) -> None:
+def tag_dataset(
+    dataset: DictDefault, name: str, expert_names: list[str] | None, rows_without_prompt: str | None
+) -> None:
     """Let the host load a dataset of the raw YAML through this module; see its description.
 
     Args:
         dataset: an entry of `datasets` or `test_datasets`; without `expert:` its rows get no label.
-        expert_names: in the order of the router's logits.
+        name: which entry it is, for messages.
+        expert_names: in the order of the router's logits; None where rows belong to no expert.
+        rows_without_prompt: `raise` or `drop`; None where the router reads whole sequences.
     """
     expert = dataset.pop("expert", None)
-    index = IGNORE_INDEX if expert is None else expert_names.index(expert)
-    given_type = dataset.get("type")
-    dataset["conversation"] = json.dumps({"expert": expert, "index": index, "type": given_type}, sort_keys=True)
+    tag = {"name": name, "type": dataset.get("type"), "rows_without_prompt": rows_without_prompt}
+    if expert_names is not None:
+        tag["label"] = IGNORE_INDEX if expert is None else expert_names.index(expert)
+        tag["expert"] = expert
+    dataset["conversation"] = json.dumps(tag, sort_keys=True)
     dataset["type"] = __name__
 
 
@@ -43,16 +51,15 @@ def load(
     tokenizer: PreTrainedTokenizerBase, cfg: DictDefault, ds_cfg: DictDefault, processor: Any = None
 ) -> DatasetWrappingStrategy:
     """The strategy of a tagged dataset, under the name that the host looks for."""
-    return _WithExpertLabels(tokenizer, cfg, ds_cfg, processor)
+    return _ForRouter(tokenizer, cfg, ds_cfg, processor)
 
 
-class _WithExpertLabels(DatasetWrappingStrategy):
+class _ForRouter(DatasetWrappingStrategy):
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, cfg: DictDefault, ds_cfg: DictDefault, processor: Any
     ) -> None:
-        tag = json.loads(ds_cfg["conversation"])
-        self.index = tag["index"]
-        given = {**ds_cfg, "type": tag["type"], "conversation": None}
+        self.tag = json.loads(ds_cfg["conversation"])
+        given = {**ds_cfg, "type": self.tag["type"], "conversation": None}
         # through the schema, for the defaults that depend on the type
         self.dataset_config = DictDefault(SFTDataset(**given).model_dump(exclude_none=True))
         self.arguments = {"tokenizer": tokenizer, "cfg": cfg, "processor": processor}
@@ -66,7 +73,13 @@ class _WithExpertLabels(DatasetWrappingStrategy):
             dataset_prompt_style=prompt_style or None,
             **self.arguments,
         )
-        label = [self.index]
+        if self.tag["rows_without_prompt"] == "drop":
+            rows = drop_rows_without_prompt(self.tag["name"], rows)
+        elif self.tag["rows_without_prompt"]:
+            check_rows_have_prompts(self.tag["name"], rows, self.arguments["tokenizer"])
+        if "label" not in self.tag:
+            return rows
+        label = [self.tag["label"]]
         return rows.map(lambda row: {COLUMN: label})
 
 
