@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import parse_flag_from_env
+from accelerate.utils.constants import FSDP_MODEL_NAME
 from accelerate.utils.fsdp_utils import _get_model_state_dict
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
@@ -17,6 +18,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .saved import saved_adapters
 
 LOG = get_logger(__name__)
 
@@ -72,7 +75,9 @@ class Fsdp2Checkpoints(TrainerCallback):
 
     def __init__(self, cfg: DictDefault, trainer: Trainer) -> None:
         self.trainer = trainer
-        if not _gathers_adapters(trainer.model):
+        # one that an earlier accelerate had to write so
+        resumes_from_parts = any((Path(folder) / f"{FSDP_MODEL_NAME}_0").exists() for _, folder in saved_adapters(cfg))
+        if resumes_from_parts or not _gathers_adapters(trainer.model):
             self._set_state_dict_type("SHARDED_STATE_DICT")
             LOG.info("checkpoints have the adapter twice: whole, and for resuming as a SHARDED_STATE_DICT")
         # of a SHARDED_STATE_DICT the host would make the final adapter from a checkpoint, rounded to bf16

@@ -197,6 +197,16 @@ def test_resumed_equals_straight(
     assert_same(resumed, straight, rel=0)
 
 
+def test_parts_of_a_checkpoint_resume_where_a_full_state_dict_is_asked_for(
+    train: Callable[..., Run], trained: Callable[[str, str | None], Run]
+) -> None:
+    """As with those that were written by an accelerate which does not gather adapters."""
+    straight = trained("perft", "FSDP2 sharded state dict, cpu_ram_efficient_loading")
+    checkpoint = str(straight.folder / f"checkpoint-{STEPS - 1}")
+    resumed = train("perft", "FSDP2 full state dict", "from parts", resume_from_checkpoint=checkpoint)
+    assert_same(resumed, straight, rel=0)
+
+
 @pytest.mark.parametrize("adapter", ["perft", "tt_lora_moe"])
 def test_a_full_state_dict_is_written_where_the_host_resumes_from_it(
     adapter: str,

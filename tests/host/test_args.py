@@ -11,7 +11,7 @@ from axolotl.utils.dict import DictDefault
 from peft import PeftConfig
 
 from axolotl_moe_peft import PerftConfig, PTMoeConfig, TTLoraConfig
-from axolotl_moe_peft.host.args import BLOCKS
+from axolotl_moe_peft.host.saved import own_fields
 
 PLUGIN = "axolotl_moe_peft.MoePeftPlugin"
 DEFAULTS = {
@@ -363,7 +363,7 @@ def test_a_run_resumes_only_the_adapter_that_it_was(
     with pytest.raises(ValueError, match=rf"{next(iter(given))}\).* was made with"):
         load(**keys_of(adapter, block), **given)
     assert (folder / "adapter_config.json").read_text() == before
-    made_with = {key: getattr(config, key) for key in BLOCKS[adapter].model_fields if key not in config.idle_fields}
+    made_with = {key: getattr(config, key) for key in own_fields(type(config)) if key not in config.idle_fields}
     assert load(**keys_of(adapter, made_with), **given)
 
 
