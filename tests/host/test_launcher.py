@@ -32,16 +32,16 @@ OF_THE_LAUNCHER = {
 
 
 @pytest.mark.parametrize("adapter", ["perft", "tt_lora", "pt_moe"])
-def test_fsdp2_of_the_launcher_is_that_of_the_yaml(adapter: str, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fsdp2_of_the_launcher_is_that_of_the_yaml(adapter: str, load: Load) -> None:
+    """The fixture leaves the environment as it was."""
+    before = dict(os.environ)
     expected = load(**keys_of(adapter, {}), **OF_THE_LAUNCHER).to_dict()
-    for name in [name for name in os.environ if name.startswith("FSDP_")]:
-        monkeypatch.delenv(name)
-    for name, value in LAUNCHER.items():
-        monkeypatch.setenv(name, value)
+    os.environ.clear()
+    os.environ.update(before | LAUNCHER)
     assert load(**keys_of(adapter, {})).to_dict() == expected
     own = {"fsdp_version": 2, "fsdp_config": {"state_dict_type": "FULL_STATE_DICT"}}
     assert load(**keys_of(adapter, {}), **own).fsdp_config.state_dict_type == "FULL_STATE_DICT"
-    monkeypatch.setenv("FSDP_VERSION", "1")
+    os.environ["FSDP_VERSION"] = "1"
     with pytest.raises(ValueError, match="FSDP1, which is not supported with .* --fsdp_version 2"):
         load(**keys_of(adapter, {}))
 
