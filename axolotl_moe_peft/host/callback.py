@@ -45,6 +45,15 @@ class AdapterCallback(TrainerCallback):
         if control.should_log:
             self._store(self._tuner(kwargs["model"]), "statistics")
 
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step == 0:
+            raise RuntimeError(
+                "no step was trained, and an untrained adapter is not saved: the rows do not fill a batch. Use more "
+                "rows, a smaller `micro_batch_size` or `gradient_accumulation_steps`, or no `sample_packing`."
+            )
+
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

@@ -67,7 +67,7 @@ def dataset(keys: dict[str, Any], folder: Path) -> dict[str, Any]:
         rows.write_text("".join(lines % (i, i) + "\n" for i in range(8)))
         entry["type"] = "chat_template.default" if keys["rl"] == "dpo" else "chat_template.argilla"
     else:
-        write_rows(rows, ((f"what is {i}?", "ok" * (1 + i % 3)) for i in range(12)))
+        write_rows(rows, ((f"what is {i}?", "ok" * (1 + i % 3)) for i in range(64)))
     if keys["adapter"] == "tt_lora_moe":
         entry["expert"] = EXPERTS[0]
     return {"datasets": [entry]}
