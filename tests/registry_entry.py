@@ -25,6 +25,7 @@ CAPABILITIES: dict[str, str | None] = {
     "get_adapter_capabilities": "model_patches",
     "load_datasets": None,
     "pre_model_load": "model_patches",
+    "post_model_build": "model_patches",
     "load_adapter": None,
     "add_callbacks_post_trainer": "callbacks",
 }
