@@ -51,8 +51,8 @@ class Part:
 def estimate(cfg: DictDefault) -> list[Part]:
     """The parts of a training run's memory on each process, found without loading weights.
 
-    Not in it: what CUDA itself takes and what its allocator loses to fragmentation, images, and activations that
-    `activation_offloading` moves away.
+    What CUDA itself takes is not in it, nor what its allocator loses to fragmentation, nor images, nor the prompts of
+    a packed row but the first; activations that `activation_offloading` moves away are.
 
     Args:
         cfg: the validated YAML, whose `adapter` is one of this package.
