@@ -32,6 +32,7 @@ COLUMNS = (
 )
 SKIPPED = "(GPU)"
 _ALIASES = {"perft": "perft routed", "routed": "perft routed"}
+_WITHOUT_COLUMN = ("perft single",)  # to the host it is as dense
 _PACKAGES = ("axolotl", "transformers", "peft", "trl", "accelerate", "torch")
 
 
@@ -46,7 +47,10 @@ class Matrix:
         parameters = getattr(item, "callspec", None)
         for marker in item.iter_markers("matrix"):
             row, column = (text.format(**(parameters.params if parameters else {})) for text in marker.args)
+            if column in _WITHOUT_COLUMN:
+                continue
             cell = marker.kwargs.get("cell") or ("GPU" if item.get_closest_marker("gpu") else "CPU")
+            _check_column(item.nodeid, column)
             item.user_properties.append(("matrix", [row, column, cell]))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -55,16 +59,20 @@ class Matrix:
         for name, value in report.user_properties:
             if name == "matrix":
                 row, column, cell = value
-                column = _ALIASES.get(column, column)
-                if column not in COLUMNS:
-                    raise ValueError(f"{report.nodeid}: no column {column!r} in the matrix; one of {COLUMNS}")
-                self.passed[row, column, SKIPPED if report.skipped else cell] &= not report.failed
+                _check_column(report.nodeid, column)
+                key = (row, _ALIASES.get(column, column), SKIPPED if report.skipped else cell)
+                self.passed[key] &= not report.failed
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         if hasattr(session.config, "workerinput"):  # a process of pytest-xdist: its reports go to the controller
             return
         cells = [[*key, passed] for key, passed in sorted(self.passed.items())]
         self.path.write_text(json.dumps({"stack": stack(), "cells": cells}, indent=1))
+
+
+def _check_column(nodeid: str, column: str) -> None:
+    if _ALIASES.get(column, column) not in COLUMNS:
+        raise ValueError(f"{nodeid}: no column {column!r} in the matrix; one of {COLUMNS}")
 
 
 def stack() -> str:
