@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from .attach import peft_config
-from .quantised import check_published_format, check_stacked_experts
+from .quantised import check_published_format, check_routers_read_float16, check_stacked_experts
 from .saved import CONTINUED, continued
 
 
@@ -41,6 +41,7 @@ def check_base_model(cfg: DictDefault) -> None:
     if model is None:
         return  # remote code or a classifier: the check waits until it is loaded
     check_stacked_experts(cfg, model)
+    check_routers_read_float16(cfg, model)
     # what there is to warn of is said once, when the adapter is attached; and where the base's own code needs values
     # (JetMoe's router counts tokens in Python) the check waits until then, too
     with warnings.catch_warnings(), contextlib.suppress(NotImplementedError):

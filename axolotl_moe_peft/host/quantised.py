@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 import transformers
 from axolotl.utils.dict import DictDefault
 from torch import nn
@@ -118,6 +119,41 @@ def check_stacked_experts(cfg: DictDefault, model: nn.Module) -> None:
             f"`quantize_moe_experts` does not go with {type(model).__name__}, which has no experts in stacks of three "
             "dimensions. Remove the key; `load_in_4bit` and `load_in_8bit` quantise its linear layers."
         )
+
+
+def check_routers_read_float16(cfg: DictDefault, model: nn.Module) -> None:
+    """Check that routers can read what the rest of the base gives them.
+
+    The host's loader takes float16 where a base is in 8 bits and the YAML sets no precision, but keeps routers in
+    float32; autocast would bring the two together.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    if cfg.torch_dtype != torch.float16 or cfg.fp16:
+        return
+    key = "load_in_8bit" if cfg.load_in_8bit else "float16"
+    for name, router in model.named_modules():
+        if name.endswith(".gate") and not _reads_float16(router):
+            raise ValueError(
+                f"`{key}: true` without `bf16: true` or `fp16: true` loads {cfg.base_model!r} in float16, but its "
+                f"routers ({name}) in float32, which then cannot read it. Add `bf16: true` or `fp16: true`; on a CPU, "
+                "which has neither, use `load_in_4bit: true`."
+            )
+
+
+def _reads_float16(router: nn.Module) -> bool:
+    weight = getattr(router, "weight", None)
+    if weight is None or isinstance(router, nn.Linear):  # those are quantised
+        return True
+    router = copy.deepcopy(router).to_empty(device="cpu").float()
+    try:
+        router(torch.zeros(1, 1, weight.shape[-1], dtype=torch.float16))
+    except RuntimeError as error:
+        return "dtype" not in str(error)
+    except (AttributeError, TypeError, ValueError):  # it takes more than hidden states
+        pass
+    return True
 
 
 def check_quantised_experts(model: nn.Module) -> None:

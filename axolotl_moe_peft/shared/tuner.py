@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..versions import warn_of_newer_versions
 from .config import enumerate_names
+from .four_bits import keep_trainable
 from .rollback import unchanged_on_failure, undo_failed_loads
 from .summary import ParameterRow, parameter_row
 
@@ -36,6 +37,8 @@ class Tuner(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         with unchanged_on_failure(self) as before:
+            if not self.peft_config[adapter_name].inference_mode:
+                keep_trainable(model)
             self._attach(model, adapter_name, *args, **kwargs)
             self.peft_config[adapter_name]._tensor_names = frozenset(self._tensor_names(adapter_name))
         if adapter_name not in self.active_adapters:

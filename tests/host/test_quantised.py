@@ -30,9 +30,11 @@ from axolotl_moe_peft.host.args import CONFIGS
 from axolotl_moe_peft.host.quantised import (
     check_published_format,
     check_quantised_experts,
+    check_routers_read_float16,
     check_stacked_experts,
     end_caches_with_calls,
 )
+from tests.moe_families import tiny_family_model
 from tests.quantised_experts import quantised_experts
 from tests.tiny_models import random_ids, tiny_config, tiny_model
 
@@ -248,6 +250,19 @@ def test_a_base_without_stacked_experts_has_nothing_to_quantise() -> None:
     with pytest.raises(ValueError, match="LlamaForCausalLM, which has no experts in stacks.*Remove the key"):
         check_stacked_experts(DictDefault(quantize_moe_experts=True), tiny_model("llama"))
     check_stacked_experts(DictDefault(quantize_moe_experts=True), tiny_model("mixtral"))
+
+
+@pytest.mark.parametrize("key", ["load_in_8bit", "float16"])
+def test_float16_beside_routers_in_float32_needs_autocast(key: str) -> None:
+    cfg = DictDefault({"base_model": "some/model", key: True, "torch_dtype": torch.float16})
+    with torch.device("meta"):
+        mixtral, dense, casting = tiny_model("mixtral"), tiny_model("llama"), tiny_family_model("deepseek_v3")
+    with pytest.raises(ValueError, match=f"`{key}: true` without `bf16: true`.*'some/model'.*layers.0.mlp.gate.*Add"):
+        check_routers_read_float16(cfg, mixtral)
+    check_routers_read_float16(cfg, casting)
+    check_routers_read_float16(cfg, dense)
+    check_routers_read_float16(DictDefault({**cfg, "fp16": True}), mixtral)
+    check_routers_read_float16(DictDefault({**cfg, "torch_dtype": torch.bfloat16}), mixtral)
 
 
 @pytest.mark.parametrize(
