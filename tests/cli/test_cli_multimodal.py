@@ -1,39 +1,23 @@
 """Rows with images through Axolotl's own multimodal path (`processor_type: AutoProcessor`)."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
-from PIL import Image
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    PaddleOCRVLProcessor,
-    PreTrainedTokenizerFast,
-    Qwen2VLImageProcessorPil,
-)
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tests.cli import pil_images  # noqa: F401
 from tests.cli.cli_helpers import AxolotlPool, adapter_tensors, log_history, write_yaml
-from tests.multimodal_models import IMAGE, tiny_multimodal_model
-from tests.tiny_models import BOS, EOS, PAD
+from tests.cli.images import save_multimodal_base, write_image_rows
+from tests.multimodal_models import IMAGE
 
 ADAPTERS = {
     "perft routed": {"adapter": "perft", "perft": {"rank": 4, "num_experts": 5, "router_z_loss_coef": 0.01}},
     "perft embedded": {"adapter": "perft", "perft": {"rank": 4, "variant": "embedded"}},
     "tt_lora": {"adapter": "tt_lora", "tt_lora": {"rank": 2}},
 }
-SPECIAL = {PAD: "<pad>", EOS: "<eos>", BOS: "<bos>", 5: "<unk>", IMAGE: "<|image_pad|>"}
-# by the markers of this processor's own template the host knows what to train on
-TEMPLATE = (
-    "{% for m in messages %}{{ 'User: ' if m['role'] == 'user' else 'Assistant:\n' }}{% for part in m['content'] %}"
-    "{{ '<|image_pad|>' if part['type'] == 'image' else part['text'] }}{% endfor %}"
-    "{{ '\n' if m['role'] == 'user' else '<eos>' }}{% endfor %}"
-)
 
 
 @pytest.fixture(scope="module")
@@ -45,40 +29,9 @@ def axolotl(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AxolotlPool]:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Qwen3-VL-MoE and a processor of its kind of images, one without videos."""
     folder = tmp_path_factory.mktemp("base")
-    tiny_multimodal_model("qwen3_vl_moe").save_pretrained(folder)
-    vocabulary = SPECIAL | {i: chr(i) for i in (10, *range(32, 127))}
-    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in vocabulary.items()}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        bos_token="<bos>",
-        unk_token="<unk>",
-        extra_special_tokens={"image_token": SPECIAL[IMAGE]},
-        chat_template=TEMPLATE,
-    )
-    images = Qwen2VLImageProcessorPil(
-        patch_size=4, temporal_patch_size=2, merge_size=2, size={"shortest_edge": 64, "longest_edge": 256}
-    )
-    PaddleOCRVLProcessor(image_processor=images, tokenizer=fast, chat_template=TEMPLATE).save_pretrained(folder)
+    save_multimodal_base(folder)
     return folder
-
-
-def write_image_rows(folder: Path) -> Path:
-    """Rows with images of one colour, every other one of text alone."""
-    lines = []
-    for i, colour in enumerate(("red", "blue") * 4):
-        Image.new("RGB", (16, 16), colour).save(folder / f"{colour}.png")
-        question = [{"type": "image", "path": str(folder / f"{colour}.png")}] if i < 6 and i % 3 else []
-        question.append({"type": "text", "text": "which colour?"})
-        answer = [{"type": "text", "text": colour}]
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        lines.append(json.dumps({"messages": messages}))
-    (folder / "rows.jsonl").write_text("\n".join(lines))
-    return folder / "rows.jsonl"
 
 
 def image_yaml(folder: Path, base: Path, **keys) -> Path:

@@ -13,7 +13,13 @@ import torch
 import yaml
 from axolotl.utils.dict import DictDefault
 from peft import PeftModel, get_peft_model
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from axolotl_moe_peft.host.args import CONFIGS
 from axolotl_moe_peft.host.memory import base_size
@@ -46,8 +52,9 @@ def real_config(recipe: dict[str, Any], **overrides: Any) -> PretrainedConfig:
 
 def real_architecture(recipe: dict[str, Any], dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The recipe's base model, without weights."""
+    auto_class = AutoModelForImageTextToText if "processor_type" in recipe else AutoModelForCausalLM
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(real_config(recipe), dtype=dtype)
+        return auto_class.from_config(real_config(recipe), dtype=dtype)
 
 
 def expert_recipes(recipe: dict[str, Any]) -> dict[str, str]:

@@ -22,7 +22,9 @@ from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from tests.cli import pil_images  # noqa: F401
 from tests.cli.cli_helpers import AxolotlPool, Result, log_history, save_tokenizer
+from tests.cli.images import save_multimodal_base, write_image_rows
 from tests.moe_families import FAMILIES, tiny_family_model
 from tests.published_formats import save_mxfp4
 from tests.recipes.recipes import (
@@ -51,6 +53,7 @@ BASE_BILLIONS = {
     "allenai/OLMoE-1B-7B-0924": "6.9",
     "mistralai/Mixtral-8x7B-v0.1": "46.7",
     "Qwen/Qwen3-30B-A3B": "30.5",
+    "Qwen/Qwen3-VL-30B-A3B-Instruct": "31",
     "unsloth/gpt-oss-20b-BF16": "20.9",
     "openai/gpt-oss-20b": "20.9",
     "deepseek-ai/DeepSeek-V2-Lite-Chat": "15.7",
@@ -218,7 +221,7 @@ SHORT = {
 
 @pytest.fixture(scope="module")
 def axolotl(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AxolotlPool]:
-    pool = AxolotlPool(tmp_path_factory.mktemp("pool"))
+    pool = AxolotlPool(tmp_path_factory.mktemp("pool"), "tests.cli.pil_images")
     yield pool
     pool.close()
 
@@ -246,9 +249,13 @@ def trained(axolotl: AxolotlPool, tmp_path_factory: pytest.TempPathFactory) -> C
             settings["plugins"] = ["tests.cli.cpu_training.QuantiseExpertsOnCpu", *settings["plugins"]]
         if recipe.get("val_set_size"):
             settings["val_set_size"] = 8
+        if "processor_type" in recipe:
+            # the tiny processor's own, and its own tokenizer
+            settings |= {"chat_template": "tokenizer_default", "tokenizer_config": None}
         for key, rows in (("datasets", 24), ("test_datasets", 4)):
             if key in recipe:
-                settings[key] = [local(dataset, folder / key, rows) for dataset in recipe[key]]
+                images = "processor_type" in recipe
+                settings[key] = [local(dataset, folder / key, rows, images) for dataset in recipe[key]]
         # recipes that differ in data of one type or in FSDP alone are the same run here
         run = json.dumps(settings, sort_keys=True)
         if run not in runs:
@@ -274,6 +281,9 @@ def tiny_base(recipe: dict[str, Any], folder: Path) -> Path:
         save_mxfp4(path)
         save_tokenizer(path)
         return path
+    if "processor_type" in recipe:
+        save_multimodal_base(path)
+        return path
     if family in FAMILIES:
         model = tiny_family_model(family, **sizes)
     else:  # factors and prompts need the real width
@@ -286,8 +296,11 @@ def tiny_base(recipe: dict[str, Any], folder: Path) -> Path:
     return path
 
 
-def local(dataset: dict[str, Any], folder: Path, rows: int) -> dict[str, Any]:
+def local(dataset: dict[str, Any], folder: Path, rows: int, images: bool = False) -> dict[str, Any]:
     """The dataset with a few rows of its `type` in a file."""
+    folder.mkdir(exist_ok=True)
+    if images:
+        return dataset | {"path": str(write_image_rows(folder)), "ds_type": "json", "split": "train"}
     kind = dataset["type"]
     if kind == "chat_template":
         names = dataset.get("message_property_mappings", {"role": "role", "content": "content"})
@@ -303,7 +316,6 @@ def local(dataset: dict[str, Any], folder: Path, rows: int) -> dict[str, Any]:
         def row(i: int) -> dict[str, Any]:
             return {names[part]: text.format(i) for part, text in texts.items() if names[part]}
 
-    folder.mkdir(exist_ok=True)
     path = folder / ("alpaca.jsonl" if kind == "alpaca" else f"{Path(dataset['path']).stem}.jsonl")
     path.write_text("".join(json.dumps(row(i)) + "\n" for i in range(rows)))
     # a local file has no subsets, and only this split
