@@ -5,7 +5,6 @@ Shape suffixes: T tokens, E base experts, k of them per token.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from collections.abc import Callable
 from functools import partial
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..shared.precision import autocast_as_in_training
 from ..shared.tuner import whole
 from .block import ExpertsCall, MoeBlock
 from .moe_families import BaseRouting
@@ -65,7 +65,7 @@ def probe(block: MoeBlock) -> ExpertsCall | None:
     training = called.training
     called.eval()  # no jitter: the random numbers of training stay where they were
     try:
-        with whole(read), _autocast(hidden_states):
+        with whole(read), autocast_as_in_training(hidden_states):
             called(hidden_states, **arguments)
     except _ProbeDone:
         pass
@@ -151,13 +151,6 @@ def _probe_tokens(block: MoeBlock) -> Tensor:
         scales = torch.logspace(*_PROBE_SCALES, _PROBE_TOKENS).unsqueeze(-1)
         tokens = torch.randn(size, generator=torch.Generator().manual_seed(0)) * scales
     return tokens.to(weight.device, weight.dtype)
-
-
-def _autocast(x: Tensor) -> contextlib.AbstractContextManager:
-    """Mixed precision as in training: routers of a bf16 base may be float32 (by the family, or by Axolotl)."""
-    if x.is_meta or x.dtype not in (torch.bfloat16, torch.float16):
-        return contextlib.nullcontext()
-    return torch.autocast(x.device.type, x.dtype)
 
 
 def _refusal(block: MoeBlock, key: str, reason: str) -> ValueError:

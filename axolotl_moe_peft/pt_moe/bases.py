@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from ..shared.generation import CACHE_NAMES, arguments_of
+from ..shared.precision import autocast_as_in_training
 from .config import PTMoeConfig
 from .mrope import prompted_part, without_earlier_positions
 
@@ -181,6 +182,51 @@ def _check_inputs(model: nn.Module, decoder: nn.Module, device: torch.device) ->
                 f"pt_moe: {type(decoder).__name__} makes something else of token ids than of their embeddings, which "
                 f"is all that a prompt has. {_INSTEAD}"
             )
+
+        if _sees_what_follows(decoder, embeds):
+            implementation = model.config.get_text_config()._attn_implementation
+            raise ValueError(
+                f"pt_moe: with `attn_implementation: {implementation}` a token of {type(decoder).__name__} sees those "
+                "behind it wherever transformers makes no mask, as of rows without padding. Use "
+                "`attn_implementation: eager`."
+            )
+
+
+def _sees_what_follows(decoder: nn.Module, embeds: Tensor) -> bool:
+    """Whether what the first layer makes of a token depends on the one behind it."""
+    other = embeds.clone()
+    other[:, -1] = -embeds[:, -1]
+    try:
+        with autocast_as_in_training(embeds):
+            outputs = [_first_output(decoder, inputs_embeds=given) for given in (embeds, other)]
+    except RuntimeError:
+        return False  # a layer that does not run here as it is, or in this precision
+    if any(output is None for output in outputs):
+        return False
+    before, after = (output.float()[:, :-1] for output in outputs)
+    # experts that other tokens come to round otherwise
+    return bool((before - after).abs().max() > 16 * torch.finfo(embeds.dtype).eps * before.abs().max())
+
+
+def _first_output(decoder: nn.Module, **call: Any) -> Tensor | None:
+    """The hidden states behind the first layer; None if it has others than (B, S, D)."""
+    found: list[Tensor] = []
+
+    def stop(module: nn.Module, args: tuple, output: Any) -> None:
+        found.extend(part for part in _tensors(output) if part is not None)
+        raise _Arrived
+
+    layers = [layer for module in decoder.modules() if isinstance(module, nn.ModuleList) for layer in module]
+    handles = [layer.register_forward_hook(stop) for layer in layers]
+    try:
+        decoder(**call, use_cache=False)
+    except _Arrived:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    shape = call["inputs_embeds"].shape
+    return found[0] if found and found[0].dim() == 3 and found[0].shape[:2] == shape[:2] else None
 
 
 class _Arrived(Exception):

@@ -24,3 +24,10 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
     if not torch.amp.is_autocast_available(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+def autocast_as_in_training(x: Tensor) -> AbstractContextManager:
+    """Mixed precision for a pass with x: routers of a bf16 base may be float32 (by the family, or by Axolotl)."""
+    if x.is_meta or x.dtype not in (torch.bfloat16, torch.float16):
+        return nullcontext()
+    return torch.autocast(x.device.type, x.dtype)

@@ -92,6 +92,22 @@ def test_a_model_whose_base_model_is_itself_trains():
     assert all(p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_decoder_that_sees_what_follows_where_there_is_no_mask_is_refused(dtype):
+    """As Doge of transformers 5.16 under sdpa, whose rows without padding then are others than with it."""
+
+    def decoder(implementation: str) -> PreTrainedModel:
+        base = tiny_family_model("qwen3_moe", attn_implementation=implementation).to(dtype)
+        for layer in base.model.layers:
+            layer.mlp.gate.float()  # as Axolotl leaves it
+            layer.self_attn.is_causal = False
+        return base
+
+    with pytest.raises(ValueError, match="`attn_implementation: sdpa` a token of Qwen3MoeModel sees those behind it"):
+        get_peft_model(decoder("sdpa"), config())
+    get_peft_model(decoder("eager"), config())
+
+
 @pytest.mark.parametrize("family", ["gpt_oss", "afmoe", "qwen3_next", "lfm2_moe"])
 def test_packed_rows_are_refused_where_the_base_mixes_their_segments(family):
     """Their masks are made without positions, or their layers have states."""
