@@ -96,8 +96,8 @@ def test_axolotl_keeps_every_key_on_a_gpu_machine(name: str, tmp_path: Path) -> 
     prepare_plugins(cfg)
     validated = validate_config(cfg, GPUS, {"torch_version": torch.__version__.partition("+")[0]})
     for dataset in (*validated.datasets, *(validated.test_datasets or ())):
-        if dataset.conversation:  # where the plugin puts `expert:`
-            dataset.update(json.loads(dataset.conversation))
+        if dataset.conversation:  # where the plugin puts them
+            dataset.update({k: v for k, v in json.loads(dataset.conversation).items() if k in ("type", "expert")})
     assert lost_or_changed(recipe, validated.to_dict()) == []
 
 
