@@ -37,8 +37,7 @@ class Tuner(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         with unchanged_on_failure(self) as before:
-            if not self.peft_config[adapter_name].inference_mode:
-                keep_trainable(model)
+            keep_trainable(model)
             self._attach(model, adapter_name, *args, **kwargs)
             self.peft_config[adapter_name]._tensor_names = frozenset(self._tensor_names(adapter_name))
         if adapter_name not in self.active_adapters:
