@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, cr
 
 from ..registration import METHODS, config_class
 from .host_keys import BITS_AND_BYTES, QUANTISED_EXPERTS, check_host_keys, check_keys_beside_router_losses
+from .on_disk import check_base_is_there
 from .rows import KEY as ROWS_WITHOUT_PROMPT
 from .saved import CONTINUED, continued, own_fields, saved_adapters
 from .spelling import check_spelling
@@ -94,6 +95,7 @@ class MoePeftArgs(_Blocks):
         adapter = getattr(self, "adapter", None)
         if adapter not in CONFIGS:
             return self
+        check_base_is_there(self.base_model)
         block = getattr(self, adapter)
         config = config_of(adapter, block)
         for key, (setting, value) in config.idle_fields.items():

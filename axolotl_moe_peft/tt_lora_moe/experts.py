@@ -141,7 +141,8 @@ def read_expert(entry: dict[str, Any], base_model: str | None = None) -> tuple[T
             raise ValueError(f"it is an adapter of type {config.peft_type.value}, not TT_LORA")
         tensors = load_peft_weights(path, device="cpu")
     except (KeyError, OSError, SafetensorError, TypeError, ValueError) as error:
-        raise ValueError(f"{what} cannot be taken as an expert: {error}.") from None
+        nowhere = "" if Path(path).is_dir() else "there is no such folder here, and the hub does not give it either: "
+        raise ValueError(f"{what} cannot be taken as an expert: {nowhere}{error}.") from None
     trained_on = config.base_model_name_or_path
     if trained_on and base_model and _normalised(trained_on) != _normalised(base_model):
         raise ValueError(

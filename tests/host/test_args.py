@@ -298,6 +298,23 @@ def test_lora_model_dir_that_looks_like_a_hub_id_is_looked_for_at_once(load: Loa
         load(lora_model_dir="outputs/typo")
 
 
+@pytest.mark.parametrize("folder", ["outputs/typo", "./outputs/typo", "outputs/run/typo"])
+def test_base_model_that_is_no_folder_here_is_named(
+    folder: str, load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "outputs" / "run").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"base_model: there is no folder '{folder}' here, and the hub"):
+        load(base_model=folder)
+
+
+def test_experts_path_that_looks_like_a_hub_id_is_looked_for_at_once(load: Load) -> None:
+    experts = {"experts": [{"name": "a", "path": "outputs/typo"}]}
+    with pytest.raises(ValueError, match=r"tt_lora_moe.experts: a \(outputs/typo\).*there is no such folder here"):
+        datasets = [{"path": "rows.jsonl", "type": "chat_template", "expert": "a"}]
+        load(datasets=datasets, **keys_of("tt_lora_moe", experts))
+
+
 @pytest.mark.parametrize("folder", ["outputs/run/final", "./adapter", "/adapter", "adapter", "../adapter"])
 def test_lora_model_dir_on_disk_must_exist(folder: str, load: Load) -> None:
     with pytest.raises(ValueError, match="lora_model_dir.*holds no adapter_config.json"):
