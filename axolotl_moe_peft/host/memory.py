@@ -29,6 +29,7 @@ from .quantised import close_cache, stacked_experts
 
 LOG = get_logger(__name__)
 
+_LATER = "its memory is known once it is loaded."
 _BLOCK = 64  # weights that share one scale in bitsandbytes' 4 bits
 _FUSED_LOSSES = ("liger_fused_linear_cross_entropy", "cut_cross_entropy", "chunked_cross_entropy")
 
@@ -58,16 +59,16 @@ def estimate(cfg: DictDefault) -> list[Part]:
         cfg: the validated YAML, whose `adapter` is one of this package.
 
     Raises:
-        ValueError: the base's architecture is not one of transformers' language models.
+        ValueError: the base's architecture is not one of transformers' language models, or is not without values.
     """
     base = _empty(cfg)
     if base is None:
-        raise ValueError(
-            f"base_model: {cfg.base_model!r} is built by code of its own or for classification; its memory is known "
-            "once it is loaded."
-        )
+        raise ValueError(f"base_model: {cfg.base_model!r} is built by code of its own or for classification; {_LATER}")
     base_bytes, base_remark = base_size(base, cfg)
-    trained = [p for p in get_peft_model(base, peft_config(cfg)).parameters() if p.requires_grad]
+    try:
+        trained = [p for p in get_peft_model(base, peft_config(cfg)).parameters() if p.requires_grad]
+    except NotImplementedError:
+        raise ValueError(f"base_model: the code of {type(base).__name__} asks for values; {_LATER}") from None
     gradients = sum(p.nbytes for p in trained)
     activations = _activations(cfg, gradients)
     other = _activations(_with(cfg, gradient_checkpointing=not cfg.gradient_checkpointing), gradients)
