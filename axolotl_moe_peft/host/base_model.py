@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from axolotl.loaders.utils import load_model_config
 from axolotl.utils.dict import DictDefault
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -42,15 +42,26 @@ def check_base_model(cfg: DictDefault) -> None:
         return  # remote code or a classifier: the check waits until it is loaded
     check_stacked_experts(cfg, model)
     check_routers_read_float16(cfg, model)
-    # what there is to warn of is said once, when the adapter is attached; and where the base's own code needs values
-    # (JetMoe's router counts tokens in Python) the check waits until then, too
-    with warnings.catch_warnings(), contextlib.suppress(NotImplementedError):
-        warnings.simplefilter("ignore")
-        if cfg.lora_model_dir:
-            model = get_peft_model(model, continued(config, CONTINUED, cfg.lora_model_dir))
-            model.base_model.add_what_is_new(config)
-        else:
-            get_peft_model(model, config)
+    # where the base's code needs values (JetMoe's router counts tokens in Python) the check waits until it is loaded
+    with contextlib.suppress(NotImplementedError):
+        attach_without_weights(model, cfg)
+
+
+def attach_without_weights(model: PreTrainedModel, cfg: DictDefault) -> PeftModel:
+    """Attach the YAML's adapter, new or that of `lora_model_dir`, to a base without weights.
+
+    Raises:
+        NotImplementedError: the base's code needs values.
+        ValueError: the adapter does not fit the base model.
+    """
+    config = peft_config(cfg)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what there is to warn of is said once, when the adapter is attached
+        if not cfg.lora_model_dir:
+            return get_peft_model(model, config)
+        adapted = get_peft_model(model, continued(config, CONTINUED, cfg.lora_model_dir))
+        adapted.base_model.add_what_is_new(config)
+        return adapted
 
 
 def model_without_weights(cfg: DictDefault, **settings: Any) -> PreTrainedModel | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,6 @@ import torch
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
 from huggingface_hub import HfApi
-from peft import get_peft_model
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import register_parametrization
@@ -24,7 +24,7 @@ from ..registration import METHODS
 from ..shared import step_memory
 from ..shared.summary import format_columns, format_size
 from .attach import peft_config
-from .base_model import model_without_weights
+from .base_model import attach_without_weights, model_without_weights
 from .quantised import close_cache, stacked_experts
 
 LOG = get_logger(__name__)
@@ -66,7 +66,7 @@ def estimate(cfg: DictDefault) -> list[Part]:
         raise ValueError(f"base_model: {cfg.base_model!r} is built by code of its own or for classification; {_LATER}")
     base_bytes, base_remark = base_size(base, cfg)
     try:
-        trained = [p for p in get_peft_model(base, peft_config(cfg)).parameters() if p.requires_grad]
+        trained = [p for p in attach_without_weights(base, cfg).parameters() if p.requires_grad]
     except NotImplementedError:
         raise ValueError(f"base_model: the code of {type(base).__name__} asks for values; {_LATER}") from None
     gradients = sum(p.nbytes for p in trained)
@@ -281,11 +281,14 @@ def _peak(cfg: DictDefault) -> int:
     elif config.positions_before_text:  # a prompt takes next to nothing but its positions
         length, step = length + config.positions_before_text, step_memory.loss_of_embeddings
     else:
-        model = get_peft_model(model, config)
+        model = attach_without_weights(model, cfg)
     if cfg.gradient_checkpointing and not config.loss_of_its_own:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable(cfg.gradient_checkpointing_kwargs or {"use_reentrant": False})
-    return step_memory.peak_bytes(model.train(), step, cfg.micro_batch_size, length)
+    # the run that follows has its own warnings, and its random numbers
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return step_memory.peak_bytes(model.train(), step, cfg.micro_batch_size, length)
 
 
 class _Dequantise(nn.Module):

@@ -1,6 +1,7 @@
 """What is said of a run's memory before it."""
 
 import logging
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -82,6 +83,18 @@ def test_a_quantised_base_takes_what_bitsandbytes_stores(load: Load, tmp_path: P
         for name, tensor in (*model.named_parameters(), *model.named_buffers())
     )
     assert sizes(cfg)["base model"] == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("adapter", ["perft", "pt_moe"])
+def test_a_run_does_not_notice_that_it_was_estimated(load: Load, adapter: str) -> None:
+    blocks = {"perft": {"perft": {"dropout": 0.1}}, "pt_moe": {"pt_moe": {"rank": 4}, "perft": None}}
+    reentrant = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    cfg = load(adapter=adapter, sequence_len=64, **reentrant, **blocks[adapter])
+    before = torch.get_rng_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert sizes(cfg)["activations"] is not None
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_what_is_not_known_is_said(load: Load) -> None:
