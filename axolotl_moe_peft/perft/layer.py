@@ -22,7 +22,7 @@ from .config import PerftConfig
 from .moe_families import BaseRouting
 from .probe import base_scores
 from .units import Units
-from .variants import VARIANTS
+from .variants import VARIANTS, BlockAdapter
 
 # The authors leave the routers at transformers' `initializer_range`, and zero the up-projections almost.
 _ROUTER_STD = 0.02
@@ -103,10 +103,12 @@ class PerftLayer(nn.Module, TunerLayer):
         if config.variant == "routed":
             nn.init.normal_(self.perft_router[adapter_name], std=_ROUTER_STD)
 
-    def units(self, adapter_name: str) -> Units:
-        """The adapter's units."""
+    def adapter(self, adapter_name: str) -> BlockAdapter:
+        """The adapter as its variant computes with it."""
         config = self.perft_config[adapter_name]
-        return Units(config, self.perft_down[adapter_name], self.perft_up[adapter_name], self.training)
+        units = Units(config, self.perft_down[adapter_name], self.perft_up[adapter_name], self.training)
+        router_ND = self.perft_router[adapter_name] if adapter_name in self.perft_router else None
+        return BlockAdapter(units, router_ND, self.norm_topk_prob[adapter_name], self.block.family)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Call the base block and add what the active adapters compute from the same hidden states (..., D).
@@ -150,7 +152,7 @@ class PerftLayer(nn.Module, TunerLayer):
     def _adapt(self, adapter_name: str, hidden_states: Tensor, out: Tensor, routing: BaseRouting) -> Tensor:
         config = self.perft_config[adapter_name]
         x_TD = hidden_states.reshape(-1, self.block.hidden_size)
-        addition = VARIANTS[config.variant].add_to_block(self, adapter_name, x_TD, routing)
+        addition = VARIANTS[config.variant].add_to_block(self.adapter(adapter_name), x_TD, routing)
         if addition.delta_TD is not None:
             out = _add(out, addition.delta_TD)
         return self._add_router_losses(adapter_name, out, addition.routing, routing)
@@ -190,7 +192,7 @@ class PerftLayer(nn.Module, TunerLayer):
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         for adapter_name in self._active():
             variant = VARIANTS[self.perft_config[adapter_name].variant]
-            delta_TD = variant.add_to_experts(self, adapter_name, x_TD, routing)
+            delta_TD = variant.add_to_experts(self.adapter(adapter_name), x_TD, routing)
             if delta_TD is not None:
                 output = _add(output, delta_TD)
         return output

@@ -7,18 +7,16 @@ experts per token.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from ..shared.routing import Routing, router_logits, top_k_routing
 from .block import MoeBlock
 from .config import PerftConfig
-from .moe_families import BaseRouting
+from .moe_families import BaseRouting, Family
 from .probe import base_weights_per_tok, embedded_sizes
-
-if TYPE_CHECKING:
-    from .layer import PerftLayer
+from .units import Units
 
 
 class Sizes(NamedTuple):
@@ -27,6 +25,26 @@ class Sizes(NamedTuple):
     num_experts: int
     num_active: int
     width: int
+
+
+class BlockAdapter(NamedTuple):
+    """An adapter in one block.
+
+    Attributes:
+        units: its N units.
+        router_ND: its own router, float32; None where the variant has none.
+        norm_topk_prob: whether the weights of that router's K choices sum to one.
+        family: of the block.
+    """
+
+    units: Units
+    router_ND: Tensor | None
+    norm_topk_prob: bool
+    family: Family
+
+    @property
+    def config(self) -> PerftConfig:
+        return self.units.config
 
 
 class Addition(NamedTuple):
@@ -51,12 +69,10 @@ class Variant(Protocol):
             ValueError: the block does not go with the configuration.
         """
 
-    def add_to_block(self, layer: PerftLayer, adapter_name: str, x_TD: Tensor, routing: BaseRouting) -> Addition:
+    def add_to_block(self, adapter: BlockAdapter, x_TD: Tensor, routing: BaseRouting) -> Addition:
         """What is added to the block's output."""
 
-    def add_to_experts(
-        self, layer: PerftLayer, adapter_name: str, x_TD: Tensor, routing: BaseRouting
-    ) -> Tensor | None:
+    def add_to_experts(self, adapter: BlockAdapter, x_TD: Tensor, routing: BaseRouting) -> Tensor | None:
         """What is added to the experts' output, (T, width); None for nothing."""
 
 
@@ -67,10 +83,10 @@ class AlwaysOn:
         num_experts = config.num_experts or 1
         return Sizes(num_experts, num_experts, block.hidden_size)
 
-    def add_to_block(self, layer: PerftLayer, adapter_name: str, x_TD: Tensor, routing: BaseRouting) -> Addition:
-        return Addition(layer.units(adapter_name).always_on(x_TD))
+    def add_to_block(self, adapter: BlockAdapter, x_TD: Tensor, routing: BaseRouting) -> Addition:
+        return Addition(adapter.units.always_on(x_TD))
 
-    def add_to_experts(self, layer: PerftLayer, adapter_name: str, x_TD: Tensor, routing: BaseRouting) -> None:
+    def add_to_experts(self, adapter: BlockAdapter, x_TD: Tensor, routing: BaseRouting) -> None:
         return None
 
 
@@ -88,19 +104,18 @@ class Routed:
                 )
         return Sizes(config.num_experts, config.num_experts_per_tok, block.hidden_size)
 
-    def add_to_block(self, layer: PerftLayer, adapter_name: str, x_TD: Tensor, routing: BaseRouting) -> Addition:
-        config = layer.perft_config[adapter_name]
-        logits_TN = router_logits(x_TD, layer.perft_router[adapter_name])
-        num_active = config.num_experts_per_tok
-        weights_TK, indices_TK = top_k_routing(logits_TN, num_active, layer.norm_topk_prob[adapter_name])
-        if config.gate_weights == "base":
+    def add_to_block(self, adapter: BlockAdapter, x_TD: Tensor, routing: BaseRouting) -> Addition:
+        logits_TN = router_logits(x_TD, adapter.router_ND)
+        num_active = adapter.config.num_experts_per_tok
+        weights_TK, indices_TK = top_k_routing(logits_TN, num_active, adapter.norm_topk_prob)
+        if adapter.config.gate_weights == "base":
             # 0 *: the own router stays in the graph, as DDP demands, with the gradient 0 of the authors' code
             ranked_TK = routing.weights_TK.sort(dim=-1, descending=True).values
             weights_TK = ranked_TK[:, :num_active] + 0 * weights_TK
-        delta_TD = layer.units(adapter_name).routed(x_TD, weights_TK, indices_TK)
+        delta_TD = adapter.units.routed(x_TD, weights_TK, indices_TK)
         return Addition(delta_TD, Routing(logits_TN, indices_TK))
 
-    def add_to_experts(self, layer: PerftLayer, adapter_name: str, x_TD: Tensor, routing: BaseRouting) -> None:
+    def add_to_experts(self, adapter: BlockAdapter, x_TD: Tensor, routing: BaseRouting) -> None:
         return None
 
 
@@ -110,15 +125,14 @@ class Embedded:
     def sizes(self, config: PerftConfig, block: MoeBlock) -> Sizes:
         return Sizes(*embedded_sizes(block))
 
-    def add_to_block(self, layer: PerftLayer, adapter_name: str, x_TD: Tensor, routing: BaseRouting) -> Addition:
-        family = layer.block.family
-        if family.routing is None:
+    def add_to_block(self, adapter: BlockAdapter, x_TD: Tensor, routing: BaseRouting) -> Addition:
+        if adapter.family.routing is None:
             return Addition(None)  # the experts' call has them
-        units, (_, weights_TK, indices_TK) = layer.units(adapter_name), routing
-        return Addition(units.routed(x_TD, weights_TK, indices_TK, family.weights_scale_inputs))
+        _, weights_TK, indices_TK = routing
+        return Addition(adapter.units.routed(x_TD, weights_TK, indices_TK, adapter.family.weights_scale_inputs))
 
-    def add_to_experts(self, layer: PerftLayer, adapter_name: str, x_TD: Tensor, routing: BaseRouting) -> Tensor:
-        return layer.units(adapter_name).routed(x_TD, routing.weights_TK, routing.indices_TK)
+    def add_to_experts(self, adapter: BlockAdapter, x_TD: Tensor, routing: BaseRouting) -> Tensor:
+        return adapter.units.routed(x_TD, routing.weights_TK, routing.indices_TK)
 
 
 VARIANTS: dict[str, Variant] = {

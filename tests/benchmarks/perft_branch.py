@@ -104,7 +104,7 @@ def build_pair(
         return [out, grad_x, grad_weights, *grads]
 
     def run_ours() -> list[Tensor]:
-        out = layer.units("default").routed(x_TD, weights_TK, indices_TK)
+        out = layer.adapter("default").units.routed(x_TD, weights_TK, indices_TK)
         return [out, *torch.autograd.grad(out, [x_TD, weights_TK, down, up], grad_TD)]
 
     return run_loop, run_ours
