@@ -21,6 +21,8 @@ if find_spec("triton") and not torch.cuda.is_available():
 
 # these run Axolotl; everything else needs the methods alone
 collect_ignore = [] if find_spec("axolotl") else ["cli", "host", "recipes"]
+# and these vLLM, which needs other versions than Axolotl does
+collect_ignore_glob = [] if find_spec("vllm") else ["serving/test_vllm_*.py"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

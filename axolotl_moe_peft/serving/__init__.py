@@ -1,0 +1,1 @@
+"""Serving adapters by other engines than PEFT."""
