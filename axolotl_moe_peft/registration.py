@@ -9,6 +9,8 @@ from peft import PeftConfig, PeftType
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
 
+from .shared.transformers_loader import check_what_transformers_loads
+
 _PACKAGE = __package__
 
 # Method: its PeftConfig and its tuner. The method's name is that of its folder, of its `peft_type`, and of `adapter:`
@@ -36,6 +38,7 @@ def register_methods() -> None:
         add_peft_type(name.upper())
         module = import_module(f".{name}", _PACKAGE)
         register(name, getattr(module, config), getattr(module, tuner))
+    check_what_transformers_loads()
 
 
 def add_peft_type(name: str) -> None:

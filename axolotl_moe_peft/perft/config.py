@@ -106,6 +106,11 @@ class PerftConfig(ModulesToSaveConfig):
     )
 
     @property
+    def title(self) -> str:
+        count = f"experts: {self.num_experts}, " if self.num_experts else ""
+        return f"PERFT ({self.variant}, {count}rank: {self.rank})"
+
+    @property
     def idle_fields(self) -> dict[str, tuple[str, Any]]:
         needs = {
             "alpha": ("expert_type", "lora"),

@@ -66,6 +66,10 @@ class PTMoeConfig(ModulesToSaveConfig):
     target_modules: ClassVar[None] = None
 
     @property
+    def title(self) -> str:
+        return f"PT-MoE (experts: {self.num_experts}, virtual tokens: {self.num_virtual_tokens})"
+
+    @property
     def reads_prompts(self) -> bool:
         return self.router_input == "prompt" and self.num_experts > 1  # a single prompt is not chosen
 

@@ -45,8 +45,8 @@ class PTMoeLayer(nn.Module, BaseTunerLayer):
         self.ptmoe_router_weight = nn.ParameterDict()
         self.ptmoe_router_bias = nn.ParameterDict()
         self.ptmoe_config: dict[str, PTMoeConfig] = {}
-        # adapters that could not start from their text, until they are loaded
-        self.without_text: set[str] = set()
+        # what adapters that could not start from their text start from, until they are loaded
+        self.without_text: dict[str, nn.Parameter] = {}
         self._device: torch.device | None = None
 
     def update_layer(self, adapter_name: str, config: PTMoeConfig, hidden_size: int, device: torch.device) -> None:
@@ -63,7 +63,7 @@ class PTMoeLayer(nn.Module, BaseTunerLayer):
             )
             self.ptmoe_router_bias[adapter_name] = nn.Parameter(torch.empty(config.num_experts, **shape))
         self.ptmoe_config[adapter_name] = config
-        self.without_text.discard(adapter_name)
+        self.without_text.pop(adapter_name, None)
         self._device = device
         self.set_adapter(self.active_adapters)
 
@@ -155,7 +155,8 @@ class PTMoeLayer(nn.Module, BaseTunerLayer):
 
     def check_initial_text(self, adapter_name: str) -> None:
         """Only now is it known that an adapter was not loaded, which needs no tokenizer."""
-        if adapter_name not in self.without_text:
+        # transformers' loader puts another parameter in its place, PEFT's fills it and comes by here
+        if self.without_text.get(adapter_name) is not self.ptmoe_experts[adapter_name]:
             return
         if self.ptmoe_config[adapter_name].init_text is not None:
             raise ValueError(
@@ -168,12 +169,14 @@ class PTMoeLayer(nn.Module, BaseTunerLayer):
             "of the vocabulary and not from a neutral instruction.",
             stacklevel=2,
         )
-        self.without_text.remove(adapter_name)
+        del self.without_text[adapter_name]
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, None]:
         # there is no base layer; PEFT asks where an adapter that was made on the meta device goes
         return self._device, None
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        self.without_text -= {n for n in self.ptmoe_experts if f"{prefix}ptmoe_experts.{n}" in state_dict}
+        for name in self.ptmoe_experts:
+            if f"{prefix}ptmoe_experts.{name}" in state_dict:
+                self.without_text.pop(name, None)
         super()._load_from_state_dict(state_dict, prefix, *args)

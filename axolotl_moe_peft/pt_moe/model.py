@@ -104,7 +104,7 @@ class PTMoeModel(Tuner):
         if not config.inference_mode:  # else it is loaded next
             ids = self._tokenise(texts, config)
         if ids is None or max(map(max, ids)) >= vocab_size:
-            self._layer.without_text.add(adapter_name)
+            self._layer.without_text[adapter_name] = self._layer.ptmoe_experts[adapter_name]
             generator = torch.Generator().manual_seed(torch.initial_seed())
             ids = [torch.randint(vocab_size, (length,), generator=generator).tolist()]
         tiled = [(text_ids * length)[:length] for text_ids in ids]

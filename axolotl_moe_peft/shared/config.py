@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,13 +29,14 @@ class AdapterConfig(Method, PeftConfig):
         self._tensor_names: frozenset[str] = frozenset()
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write adapter_config.json.
+        """Write adapter_config.json. A base model that is a folder is named so that it is found from any other one.
 
         Raises:
             RuntimeError: PEFT has just written the adapter's tensors beside it, and some are missing or empty.
         """
         if "auto_mapping_dict" in kwargs:  # so calls PeftModel.save_pretrained, and only after the tensors
             self._check_saved_tensors(Path(save_directory) / "adapter_model.safetensors")
+        self.base_model_name_or_path = found_from_anywhere(self.base_model_name_or_path)
         super().save_pretrained(save_directory, **kwargs)
 
     def _check_saved_tensors(self, path: Path) -> None:
@@ -74,6 +76,11 @@ class ModulesToSaveConfig(AdapterConfig):
             "to tokens."
         },
     )
+
+
+def found_from_anywhere(base_model: str | None) -> str | None:
+    """A base model's name, or its folder such that it does not matter where it is asked for."""
+    return os.path.abspath(base_model) if base_model and os.path.isdir(base_model) else base_model
 
 
 def check_target_modules(key: str, target_modules: Any) -> None:

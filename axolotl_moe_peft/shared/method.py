@@ -29,6 +29,11 @@ class Method:
     trains_modules_of_the_base: ClassVar[bool] = False
 
     @property
+    def title(self) -> str:
+        """The method and its settings in a few words."""
+        raise NotImplementedError
+
+    @property
     def reads_prompts(self) -> bool:
         """Whether its router reads what comes before the labels, so that every training row needs a prompt."""
         return False

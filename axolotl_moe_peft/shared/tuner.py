@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from ..versions import warn_of_newer_versions
 from .config import enumerate_names
 from .four_bits import keep_trainable
+from .model_card import describe_adapters_in_cards
 from .rollback import unchanged_on_failure, undo_failed_loads
 from .summary import ParameterRow, parameter_row
+from .transformers_loader import note_attached
 
 _CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module."  # in modules' names; torch leaves it out of state dicts
 
@@ -31,6 +33,7 @@ class Tuner(BaseTuner):
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         warn_of_newer_versions()
         undo_failed_loads()
+        describe_adapters_in_cards()
         with unchanged_on_failure(model) as before:
             super().__init__(model, *args, **kwargs)
         self._unloaded = {self.active_adapters[0]: (before, self._versions(self.active_adapters[0]))}
@@ -40,6 +43,7 @@ class Tuner(BaseTuner):
             keep_trainable(model)
             self._attach(model, adapter_name, *args, **kwargs)
             self.peft_config[adapter_name]._tensor_names = frozenset(self._tensor_names(adapter_name))
+        note_attached(self, adapter_name)
         if adapter_name not in self.active_adapters:
             self._unloaded[adapter_name] = (before, self._versions(adapter_name))
 
@@ -62,6 +66,12 @@ class Tuner(BaseTuner):
         saved = {id(p) for p in self._own(adapter_name).values()}
         saved |= {id(p) for _, wrapper in self._wrappers() for p in wrapper.parameters()}
         return [name for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in saved]
+
+    def num_saved_parameters(self, adapter_name: str) -> int:
+        """How many numbers the adapter's file holds, but for embeddings that PEFT may write beside it."""
+        parameters = {_in_state_dict(name): p for name, p in self.named_parameters(remove_duplicate=False)}
+        saved = (parameters[key] for key in self._state_dict_keys(adapter_name, "") if key in parameters)
+        return sum(getattr(p, "ds_numel", p.numel()) for p in saved)  # whole, also where ZeRO-3 divides it
 
     def is_unused(self, adapter_name: str) -> bool:
         """Whether the adapter is not there, or neither loaded nor trained since it was attached."""

@@ -57,6 +57,10 @@ class TTLoraConfig(ModulesToSaveConfig):
 
     training_fields: ClassVar[tuple[str, ...]] = ("dropout", "init")
 
+    @property
+    def title(self) -> str:
+        return f"TT-LoRA (rank: {self.rank})"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.TT_LORA

@@ -67,6 +67,10 @@ class TTLoraMoeConfig(AdapterConfig):
     loss_of_its_own: ClassVar[str] = "its router's cross-entropy"
 
     @property
+    def title(self) -> str:
+        return f"TT-LoRA MoE (experts: {', '.join(self.expert_names)})"
+
+    @property
     def reads_prompts(self) -> bool:
         return self.router_input == "prompt"
 
