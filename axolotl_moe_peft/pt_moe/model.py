@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from ..shared.auxiliary import AuxiliaryLosses
+from ..shared.evaluation_harness import watch_evaluation
 from ..shared.statistics import RouterStatistics
 from ..shared.summary import ParameterRow, parameter_row
 from ..shared.tuner import Tuner, whole
@@ -86,6 +87,7 @@ class PTMoeModel(Tuner):
         """Add the adapter to the decoder's layer; the target, the token embeddings, stays as it is."""
         if self._layer is None:
             layer = PTMoeLayer(AuxiliaryLosses(self.model))
+            watch_evaluation()
             layer.insertion = PromptInsertion(layer, self.model, prompted_part(self.model))
             prompted_part(self.model).add_module(_LAYER_NAME, layer.train(self.model.training))
         layer, weight = self._layer, target.weight

@@ -18,6 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ..shared.auxiliary import share_of_accumulated_batch
 from ..shared.batches import IGNORE_INDEX
 from ..shared.decoder import decoder_of
+from ..shared.evaluation_harness import watch_evaluation
 from ..shared.statistics import RouterStatistics
 from ..shared.summary import ParameterRow, parameter_row
 from ..shared.trainer_step import labels_of, watch_trainers
@@ -94,6 +95,7 @@ class TTLoraMoeModel(Tuner):
             router = PromptRouter(self.model.config.get_text_config().hidden_size)
             router.chooser = ExpertChooser(self.model, router)
             watch_trainers()
+            watch_evaluation()
             self.model.prompt_router = router
         if adapter_name not in self._router.ttmoe_weight:
             self._chooser.configs[adapter_name] = peft_config
