@@ -28,6 +28,7 @@ CAPABILITIES: dict[str, str | None] = {
     "post_model_build": "model_patches",
     "load_adapter": None,
     "add_callbacks_post_trainer": "callbacks",
+    "post_train": None,
 }
 # run in the checkout, without network, where nothing but the package is installed
 CHECKS = {

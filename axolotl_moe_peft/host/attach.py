@@ -11,6 +11,7 @@ from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 
+from ..perft.selection import find_moe_blocks
 from ..shared.summary import format_table
 from .args import CONFIGS
 from .saved import CONTINUED, continued, own_fields
@@ -45,7 +46,7 @@ def _task_type(model: PreTrainedModel | None) -> TaskType:
 
 
 def attach(model: PreTrainedModel, cfg: DictDefault, inference: bool) -> tuple[PeftModel, PeftConfig]:
-    """Attach the YAML's adapter, new or that of `lora_model_dir`, and log what is trained.
+    """Attach the YAML's adapter, new or that of `lora_model_dir`, and log what it consists of.
 
     Args:
         model: the base model.
@@ -75,14 +76,17 @@ def attach(model: PreTrainedModel, cfg: DictDefault, inference: bool) -> tuple[P
         # the host seeds later, and under FSDP2 each process keeps its part of its own start
         set_seed(TrainingArguments.seed if cfg.seed is None else cfg.seed)
         model = get_peft_model(model, config, **kwargs)
-    _log_what_is_trained(model, cfg)
+    _log_what_is_there(model, cfg)
     return model, config
 
 
-def _log_what_is_trained(model: PeftModel, cfg: DictDefault) -> None:
-    rows = model.base_model.parameter_rows()
-    LOG.info("%s adapter attached, trainable parameters:\n%s", cfg.adapter, format_table(rows))
-    LOG.info("the base model is frozen, routers of its own included")
+def _log_what_is_there(model: PeftModel, cfg: DictDefault) -> None:
+    new = not cfg.lora_model_dir
+    what = "attached, trainable parameters" if new else f"of {cfg.lora_model_dir!r} loaded, its parameters"
+    LOG.info("%s adapter %s:\n%s", cfg.adapter, what, format_table(model.base_model.parameter_rows()))
+    if new:
+        has_routers = bool(find_moe_blocks(model.get_base_model()))
+        LOG.info("the base model is frozen%s", ", routers of its own included" if has_routers else "")
     layers = getattr(model.base_model, "adapted_layers", None)
     if layers is not None and len(layers) != model.config.get_text_config().num_hidden_layers:
         LOG.info("layers with an adapter: %s", ", ".join(map(str, layers)))

@@ -15,6 +15,8 @@ from ..shared.summary import format_memory
 
 LOG = get_logger(__name__)
 
+_RUNTIME = "_runtime"  # a figure of every evaluation's line, behind the prefix of the set
+
 
 class AdapterCallback(TrainerCallback):
     """Puts the routers' figures on the host's log line; checks and logs, once, what the optimiser holds."""
@@ -43,7 +45,7 @@ class AdapterCallback(TrainerCallback):
             rows = self._tuner(kwargs["model"]).parameter_rows()
             LOG.info("memory of the adapter: %s", format_memory(rows, kwargs["optimizer"]))
         if control.should_log:
-            self._store(self._tuner(kwargs["model"]), "statistics")
+            self.log_line.of_training = self._read(self._tuner(kwargs["model"]), "statistics")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -61,7 +63,7 @@ class AdapterCallback(TrainerCallback):
         # the host logs the evaluation before it tells of its end
         batches = kwargs["eval_dataloader"]
         if has_length(batches) and self.prediction_steps == len(batches):
-            self._store(self._tuner(kwargs["model"]), "eval_statistics", "eval_")
+            self.log_line.of_evaluation = self._read(self._tuner(kwargs["model"]), "eval_statistics")
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -74,13 +76,12 @@ class AdapterCallback(TrainerCallback):
     def _tuner(self, model: torch.nn.Module) -> BaseTuner:
         return self.trainer.accelerator.unwrap_model(model).base_model
 
-    def _store(self, tuner: BaseTuner, figures_of: str, prefix: str = "") -> None:
-        """Put what the tuner has recorded since the last time on the next log line."""
+    def _read(self, tuner: BaseTuner, figures_of: str) -> dict[str, float]:
+        """What the tuner has recorded since the last time."""
         statistics = getattr(tuner, figures_of, None)
         if statistics is None:
-            return
-        figures = statistics.pop(lambda tensor: self.trainer.accelerator.reduce(tensor, "sum"))
-        self.log_line.add({f"{prefix}{name}": value for name, value in figures.items()}, f"{prefix}loss")
+            return {}
+        return statistics.pop(lambda tensor: self.trainer.accelerator.reduce(tensor, "sum"))
 
 
 class LogLine(TrainerCallback):
@@ -88,15 +89,16 @@ class LogLine(TrainerCallback):
 
     Not all trainers that the host takes have a place for figures of others, and those that have have different ones.
     It is to be the first of the callbacks, so that whoever prints or sends a line has the figures in it.
+
+    Attributes:
+        of_training: for the next line of a step.
+        of_evaluation: for the line of the evaluation that is about to end; there they have its prefix, which for other
+            sets than the usual one is not `eval_`.
     """
 
     def __init__(self) -> None:
-        self._figures: dict[str, float] = {}
-        self._beside: str | None = None
-
-    def add(self, figures: dict[str, float], beside: str) -> None:
-        """Have the next line that has the key `beside` hold these figures, too."""
-        self._figures, self._beside = figures, beside
+        self.of_training: dict[str, float] = {}
+        self.of_evaluation: dict[str, float] = {}
 
     def on_log(
         self,
@@ -106,10 +108,15 @@ class LogLine(TrainerCallback):
         logs: dict[str, float],
         **kwargs: Any,
     ) -> None:
-        if self._beside in logs:
-            for line in (logs, state.log_history[-1]):
-                line.update(self._figures)
-            self._beside = None
+        prefix = next((key.removesuffix(_RUNTIME) for key in logs if key.endswith(_RUNTIME)), None)
+        figures = {}
+        if self.of_evaluation and prefix is not None:
+            figures = {f"{prefix}_{name}": value for name, value in self.of_evaluation.items()}
+            self.of_evaluation = {}
+        elif "loss" in logs:
+            figures, self.of_training = self.of_training, {}
+        for line in (logs, state.log_history[-1]):
+            line.update(figures)
 
 
 def _check_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:

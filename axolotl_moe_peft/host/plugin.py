@@ -93,3 +93,9 @@ class MoePeftPlugin(BasePlugin):
         from .trainer import prepare_trainer
 
         return prepare_trainer(cfg, trainer)
+
+    def post_train(self, cfg: DictDefault, model: PeftModel) -> None:
+        if cfg.adapter in METHODS:
+            from .trained import finish
+
+            finish(cfg)

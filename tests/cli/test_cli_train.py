@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import axolotl_moe_peft  # noqa: F401  (makes the methods known to PEFT)
 from tests.cli.cli_helpers import (
@@ -225,6 +226,7 @@ def test_log_has_the_parameter_table(variant: str, trained: Callable[[str], Run]
     size, states = (f"{4 * n / 2**20:,.2f} MiB" for n in (total, 2 * total))
     memory = f"memory of the adapter: parameters {size} + gradients {size} + states of the optimiser {states} ="
     assert memory in run.output
+    assert ("the base model is frozen, routers of its own included" in run.output) == (run.base.name != "llama")
     estimated = run.output[run.output.index("memory that training will take on each process, estimated:") :]
     assert [line.split()[0] for line in estimated.splitlines()[1:7]] == [
         "base",
@@ -362,6 +364,7 @@ def test_evaluate_measures_the_trained_adapter(
     result = axolotl("evaluate", config, f"--lora-model-dir={run.output_dir}")
     assert result.code == 0, result.output
     assert lines_to_worry_about(result.output) == []
+    assert_speaks_of_no_training(result.output)
     with (config.with_suffix("") / "eval_summary.csv").open() as file:
         loss = float({row["metric"]: row["training"] for row in csv.DictReader(file)}["loss"])
     assert f"train_loss: {loss}" in result.output
@@ -373,6 +376,11 @@ def test_evaluate_measures_the_trained_adapter(
     assert loss < base_loss - 0.2
 
 
+def assert_speaks_of_no_training(output: str) -> None:
+    assert "loaded, its parameters:" in output
+    assert not re.search("trainable parameters|states of the optimiser|the base model is frozen", output)
+
+
 def test_evaluate_warns_of_an_untrained_adapter(
     axolotl: AxolotlPool, trained: Callable[[str], Run], folder: Path, few_rows: Path
 ) -> None:
@@ -382,6 +390,23 @@ def test_evaluate_warns_of_an_untrained_adapter(
     assert result.code == 0, result.output
     (line,) = lines_to_worry_about(result.output)
     assert "untrained" in line and "--lora-model-dir" in line
+
+
+@torch.no_grad()
+def test_transformers_loads_what_a_run_leaves_from_its_folder(trained: Callable[[str], Run]) -> None:
+    run = trained("routed")
+    assert not (run.output_dir / "config.json").exists()  # with which transformers looks for a whole model there
+    ids = random_ids(2, 9)
+    expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(run.base), run.output_dir).eval()
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(run.output_dir)(ids).logits, expected(ids).logits)
+    text = "what is 1 + 7?"
+    tokenizer = AutoTokenizer.from_pretrained(run.output_dir)
+    assert tokenizer(text).input_ids == AutoTokenizer.from_pretrained(run.base)(text).input_ids
+    card = (run.output_dir / "README.md").read_text()
+    assert (
+        card.count("axolotl moe-serve ADAPTER") == 1
+        and f"PERFT (routed, experts: 4, rank: 4) for `{run.base}`" in card
+    )
 
 
 @torch.no_grad()
@@ -403,6 +428,7 @@ def test_inference_answers_a_prompt(variant: str, axolotl: AxolotlPool, trained:
     result = axolotl("inference", run.config, f"--lora-model-dir={run.output_dir}", stdin="what is 1 + 7?")
     assert result.code == 0, result.output
     assert lines_to_worry_about(result.output) == []
+    assert_speaks_of_no_training(result.output)
     answer = result.output.rpartition("<|assistant|>")[2]
     assert "<|user|>" in result.output and len(answer.strip(" =\n")) > 0, result.output
 
@@ -435,6 +461,7 @@ def test_merge_lora_writes_a_model_that_computes_what_base_and_adapter_do(
     result = axolotl("merge-lora", run.config)
     assert result.code == 0, result.output
     assert lines_to_worry_about(result.output) == []
+    assert_speaks_of_no_training(result.output)
     assert adapter_checksums(run) == saved
     ids = random_ids(2, 9)
     merged = AutoModelForCausalLM.from_pretrained(run.output_dir / "merged")

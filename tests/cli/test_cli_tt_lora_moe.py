@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import random
 import re
@@ -189,10 +190,20 @@ def test_evaluate_and_inference_take_the_saved_pool_without_the_stage_one_folder
 ) -> None:
     pool = trained(False).with_suffix("")
     gone = [{"name": name, "path": str(folder / "gone" / name)} for name in EXPERTS]
-    config = pool_yaml(folder / "evaluated.yaml", folder, base_model("mixtral"), tt_lora_moe={"experts": gone})
+    sets = {"datasets": datasets(folder, "train", "digits"), "test_datasets": datasets(folder, "test", "letters")}
+    config = pool_yaml(folder / "evaluated.yaml", folder, base_model("mixtral"), tt_lora_moe={"experts": gone}, **sets)
     result = axolotl("evaluate", config, f"--lora-model-dir={pool}")
     assert result.code == 0, result.output
-    assert float(re.search(r"eval_router_accuracy['\"]?: ['\"]?([\d.]+)", result.output)[1]) > 0.9
+    for prefix, of, other in (("train", "digits", "letters"), ("eval", "letters", "digits")):
+        for task in ("", f"/{of}"):
+            assert float(re.search(rf"^.*\b{prefix}_router_accuracy{task}: ([\d.]+)$", result.output, re.M)[1]) > 0.8
+        assert f"{prefix}_router_accuracy/{other}" not in result.output
+    with (config.with_suffix("") / "eval_summary.csv").open() as file:
+        rows = {row["metric"]: (row["training"], row["validation"]) for row in csv.DictReader(file)}
+    assert all(rows["router_accuracy"]) and all(rows["router_loss"])
+    assert [bool(value) for value in rows["router_loss/digits"]] == [True, False]
+    assert [bool(value) for value in rows["router_loss/letters"]] == [False, True]
+    assert f"tt_lora_moe adapter of {str(pool)!r} loaded, its parameters:" in result.output
     result = axolotl("inference", config, f"--lora-model-dir={pool}", stdin="1234?")
     assert result.code == 0, result.output
     assert len(result.output.rpartition("<|assistant|>")[2].strip(" =\n")) > 0, result.output
