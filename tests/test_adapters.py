@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.tiny_adapters import BLOCKS, METHODS, config_of, families, randomised, trained
 from tests.tiny_models import PAD, random_ids, tiny_model
-from tests.tt_lora_moe.pools import save_experts
+from tests.tt_lora_moe.pools import save_experts, save_lora
 
 KINDS = tuple(BLOCKS)
 PAIRS = [(kind, family) for kind in KINDS for family in families(kind)]
@@ -31,9 +31,12 @@ every_kind_and_family = pytest.mark.parametrize(("kind", "family"), PAIRS)
 
 @pytest.fixture(scope="module")
 def experts_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[dict[str, str]]]:
-    """The experts of a pool, trained on that family's tiny model."""
-    folder = tmp_path_factory.mktemp("experts")
-    entries = {family: save_experts(folder / family, family) for family in ("llama", "mixtral")}
+    """The experts of a pool, trained on that family's tiny model: two TT-LoRAs and, beside other layers, a LoRA."""
+    folder, lora = tmp_path_factory.mktemp("experts"), {"target_modules": ["k_proj", "v_proj"]}
+    entries = {
+        family: save_experts(folder / family, family)[:2] + [save_lora(folder / family, "rte", family, **lora)]
+        for family in ("llama", "mixtral")
+    }
     return lambda family: entries.get(family, [])
 
 

@@ -1,4 +1,4 @@
-"""A linear map that keeps its input for backward as it is given: not a cast copy, nor one with dropout.
+"""Linear layers of a base, and a linear map that keeps its input for backward as it is given: no cast copy, no mask.
 
 Shape suffixes: I inputs, O outputs, T all leading dimensions flattened.
 """
@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from .dropout import Mask
 from .precision import without_autocast
@@ -56,3 +57,12 @@ def _masked(x: Tensor, dtype: torch.dtype, mask: Mask | None) -> Tensor:
 
 def _drop(x: Tensor, mask: Mask) -> Tensor:
     return mask.dropper(x.device)(x).mul_(mask.scale)
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(inputs, outputs) of a layer that an adapter can go beside; None if it is no such layer."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    return None

@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..shared.linear import linear
+from ..shared.linear import linear, linear_shape
 from ..shared.precision import compute_dtype, without_autocast
 from ..shared.tuner import TunerLayer, adapter_device
 from .config import TTLoraConfig
@@ -213,15 +213,6 @@ class TTLoraLinear(nn.Module, TunerLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
-
-
-def linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """(inputs, outputs) of a layer that an adapter can go beside; None if it is no such layer."""
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    if isinstance(module, Conv1D):
-        return module.nx, module.nf
-    return None
 
 
 def has_plain_weight(module: nn.Module) -> bool:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..shared.linear import linear_shape
 from .config import TTLoraConfig
-from .layer import has_plain_weight, linear_shape
+from .layer import has_plain_weight
 
 # What is asked of a weight without computing with it.
 _METADATA = (

@@ -19,7 +19,9 @@ _NAME = r"[\w-]+"
 
 @dataclass
 class TTLoraMoeConfig(AdapterConfig):
-    """Configuration of TT-LoRA MoE (arXiv 2504.21190, stage 2): frozen TT-LoRA experts and a router that picks one.
+    """Configuration of TT-LoRA MoE (arXiv 2504.21190, stage 2): frozen experts and a router that picks one.
+
+    An expert is a trained tt_lora adapter, or a plain LoRA of PEFT, which is a tensor train of two cores.
 
     Every field is a key of the `tt_lora_moe:` block with the same name and default.
 
@@ -30,8 +32,9 @@ class TTLoraMoeConfig(AdapterConfig):
     experts: list[dict[str, Any]] = field(
         default_factory=list,
         metadata={
-            "help": "The experts, each {name: ..., path: ...}: a folder or hub id of a trained tt_lora adapter. They "
-            "are copied into the pool; a saved pool needs the folders no more, and holds the experts' settings here."
+            "help": "The experts, each {name: ..., path: ...}: a folder or hub id of a trained tt_lora adapter or "
+            "plain LoRA. They are copied into the pool; a saved pool needs the folders no more, and holds the "
+            "experts' settings here."
         },
     )
     router: Literal["base_hidden", "embedding_linear", "embedding_mlp"] = field(
@@ -57,7 +60,7 @@ class TTLoraMoeConfig(AdapterConfig):
     training_fields: ClassVar[tuple[str, ...]] = ("router_noise", "experts")
     unmergeable: ClassVar[str] = (
         "which expert acts is chosen for each sequence, and no weight of the base model computes that; merge a single "
-        "expert's own tt_lora adapter instead"
+        "expert's own adapter instead"
     )
     needs_labels: ClassVar[str] = (
         "its router is trained on the prompts of labelled rows, and these trainers call the model without labels"
@@ -105,8 +108,8 @@ class TTLoraMoeConfig(AdapterConfig):
                 raise ValueError(f"tt_lora_moe.{key}: {getattr(self, key)!r} is not known; use one of {allowed}.")
         if not isinstance(self.experts, list) or not self.experts:
             raise ValueError(
-                f"tt_lora_moe.experts: {self.experts!r} is not allowed; it is a list of trained tt_lora adapters, "
-                "each {name: ..., path: ...}."
+                f"tt_lora_moe.experts: {self.experts!r} is not allowed; it is a list of trained tt_lora or "
+                "LoRA adapters, each {name: ..., path: ...}."
             )
         for expert in self.experts:
             check_expert_entry(expert)
@@ -141,7 +144,7 @@ def check_expert_entry(expert: Any) -> None:
     ):
         raise ValueError(
             f"tt_lora_moe.experts: {expert!r} is not allowed; an expert is {{name: ..., path: ...}}, its name and the "
-            "folder or hub id of its tt_lora adapter."
+            "folder or hub id of its tt_lora or LoRA adapter."
         )
     if not isinstance(expert["name"], str) or not re.fullmatch(_NAME, expert["name"]):
         raise ValueError(
@@ -151,5 +154,5 @@ def check_expert_entry(expert: Any) -> None:
     if not isinstance(expert["path"], str) or not expert["path"]:
         raise ValueError(
             f"tt_lora_moe.experts: {expert['name']} has the path {expert['path']!r}; it is the folder or hub id of a "
-            "tt_lora adapter."
+            "tt_lora or LoRA adapter."
         )

@@ -1,4 +1,4 @@
-"""Reads trained tt_lora adapters as experts of a pool, and checks that they fit the base model and each other."""
+"""Reads trained tt_lora and LoRA adapters as experts of a pool, and checks that they fit the base model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig, PeftType
 from peft.utils import load_peft_weights
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from ..tt_lora.targets import target_layers
 from .config import POOLED_FIELDS
 from .head import head_name
 from .layer import ExpertShapes
+from .plain_lora import as_tensor_train, check_is_plain
 
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -31,7 +32,7 @@ class Expert:
 
     Attributes:
         entry: its entry in a saved pool's `experts`.
-        shapes: by name of the linear layer.
+        shapes: by name of the linear layer, of those that it adapts.
         cores: a vector by name of the linear layer; None of an expert that is in a pool already.
         num_labels: classes of its head; None of an expert that is no classifier.
         head: a vector, see TTLoraPoolHead; None without one, and of an expert that is in a pool already.
@@ -44,27 +45,21 @@ class Expert:
     head: Tensor | None = None
 
 
-def load_experts(entries: list[dict[str, Any]], model: nn.Module) -> list[Expert]:
-    """The experts of these entries, for this base model.
+def load_expert(entry: dict[str, Any], model: nn.Module) -> Expert:
+    """The expert of one entry, for this base model.
 
     Raises:
-        ValueError: an expert cannot be read, is no tt_lora adapter, was trained on another base model, or adapts other
-            modules than the first one. The message names it.
+        ValueError: it cannot be read, is no tt_lora or LoRA adapter, or was trained on another base model. The message
+            names it.
     """
-    experts = [load_expert(entry, model) for entry in entries]
-    for expert in experts[1:]:
-        check_same_modules(expert, experts[0])
-    return experts
-
-
-def load_expert(entry: dict[str, Any], model: nn.Module) -> Expert:
-    """The expert of one entry, for this base model; see `load_experts`."""
     what = f"tt_lora_moe.experts: {entry['name']}"
     if "rank" in entry:
         config, tensors = TTLoraConfig(**{key: entry[key] for key in POOLED_FIELDS}), None
     else:
         config, tensors = read_expert(entry, getattr(model, "name_or_path", ""))
     try:
+        if isinstance(config, LoraConfig):
+            config, tensors = as_tensor_train(config, tensors, model)
         layers = target_layers(config, model)
         factors = {name: factors_of(name, layer, config) for name, layer in layers.items()}
     except ValueError as error:
@@ -119,7 +114,9 @@ def _check_is_the_bases(what: str, key: str, tensor: Tensor, model: nn.Module) -
         )
 
 
-def read_expert(entry: dict[str, Any], base_model: str | None = None) -> tuple[TTLoraConfig, dict[str, Tensor]]:
+def read_expert(
+    entry: dict[str, Any], base_model: str | None = None
+) -> tuple[TTLoraConfig | LoraConfig, dict[str, Tensor]]:
     """Read an expert's folder.
 
     Args:
@@ -134,11 +131,15 @@ def read_expert(entry: dict[str, Any], base_model: str | None = None) -> tuple[T
     what = f"tt_lora_moe.experts: {entry['name']} ({path})"
     missing = [name for name in _FILES if Path(path).is_dir() and not (Path(path) / name).is_file()]
     if missing or not (Path(path).is_dir() or could_be_on_the_hub(path)):
-        raise ValueError(f"{what} holds no {(missing or _FILES)[0]}; give the folder of a trained tt_lora adapter.")
+        raise ValueError(
+            f"{what} holds no {(missing or _FILES)[0]}; give the folder of a trained tt_lora or LoRA adapter."
+        )
     try:
         config = PeftConfig.from_pretrained(path)
-        if not isinstance(config, TTLoraConfig):
-            raise ValueError(f"it is an adapter of type {config.peft_type.value}, not TT_LORA")
+        if config.peft_type == PeftType.LORA:
+            check_is_plain(config)
+        elif not isinstance(config, TTLoraConfig):
+            raise ValueError(f"it is an adapter of type {config.peft_type.value}, not TT_LORA or LORA")
         tensors = load_peft_weights(path, device="cpu")
     except (KeyError, OSError, SafetensorError, TypeError, ValueError) as error:
         nowhere = "" if Path(path).is_dir() else "there is no such folder here, and the hub does not give it either: "
@@ -150,21 +151,6 @@ def read_expert(entry: dict[str, Any], base_model: str | None = None) -> tuple[T
             "write the name into base_model_name_or_path of its adapter_config.json."
         )
     return config, tensors
-
-
-def check_same_modules(expert: Expert, first: Expert) -> None:
-    """Check that an expert adapts the modules that the first one does.
-
-    Raises:
-        ValueError: it adapts others.
-    """
-    for one, other in ((expert, first), (first, expert)):
-        for name in one.shapes:
-            if name not in other.shapes:
-                raise ValueError(
-                    f"tt_lora_moe.experts: {one.entry['name']} adapts {name}, {other.entry['name']} does not; all "
-                    "experts must have the same target_modules."
-                )
 
 
 def could_be_on_the_hub(path: str) -> bool:

@@ -1,4 +1,4 @@
-"""TTLoraPoolLinear: a linear layer with a pool of frozen TT-LoRA experts beside it, one of them for each sequence.
+"""TTLoraPoolLinear: a linear layer with a pool of frozen low-rank experts beside it, one of them for each sequence.
 
 Shape suffixes: B rows, S tokens, I inputs, O outputs, P ranks of the chosen experts side by side (padded).
 """
@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..shared.generation import PerThread
+from ..shared.linear import linear_shape
 from ..shared.precision import compute_dtype
 from ..shared.tuner import TunerLayer, adapter_device
-from ..tt_lora.layer import RANK_MULTIPLE, build_matrices, linear_shape
+from ..tt_lora.layer import RANK_MULTIPLE, build_matrices
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,10 @@ class ExpertShapes:
         shapes = self.cores_in + self.cores_out
         parts = [part.view(shape) for part, shape in zip(cores.split([math.prod(s) for s in shapes]), shapes)]
         return build_matrices(parts[: len(self.cores_in)], parts[len(self.cores_in) :], self.alpha)
+
+
+# of an expert that leaves a layer alone
+NO_CORES = ExpertShapes((), (), 0.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +86,7 @@ class TTLoraPoolLinear(nn.Module, TunerLayer):
 
     Adapter parameter, by adapter name, frozen:
         ttmoe_cores: a vector, float32: the cores of all experts, expert by expert as in the config, each expert's
-            in the order of its tensor train and flattened.
+            in the order of its tensor train and flattened. An expert that leaves the layer alone has none.
 
     Args:
         base_layer: the layer to wrap; it stays as it is and is only called.
@@ -132,7 +137,8 @@ class TTLoraPoolLinear(nn.Module, TunerLayer):
         """
         output = self.base_layer(x, *args, **kwargs)
         for adapter_name, choice in self.choices.items():
-            if adapter_name in self.experts:
+            experts = self.experts.get(adapter_name)
+            if experts and any(experts[e].cores_in for e in choice.distinct):
                 output = output + self._delta(adapter_name, choice, x).to(output.dtype)
         return output
 
@@ -151,15 +157,16 @@ class TTLoraPoolLinear(nn.Module, TunerLayer):
     def _build(self, adapter_name: str, choice: Choice, dtype: torch.dtype) -> _Matrices:
         experts = self.experts[adapter_name]
         cores = self.ttmoe_cores[adapter_name].split([expert.num_parameters for expert in experts])
-        pairs = [experts[e].matrices(cores[e]) for e in choice.distinct]
+        acting = [e for e in choice.distinct if experts[e].cores_in]
+        pairs = [experts[e].matrices(cores[e]) for e in acting]
         ranks = [len(down) for down, _ in pairs]
         padding = -sum(ranks) % RANK_MULTIPLE
         down_PI, up_PO = (F.pad(torch.cat(side), (0, 0, 0, padding)).to(dtype) for side in zip(*pairs))
         gate_BSP = None
-        if len(pairs) > 1:
+        if len(choice.distinct) > 1:
             ranks[-1] += padding
             # filled, not copied: a tensor that is copied to an accelerator is waited for
-            experts_P = [choice.expert_BS.new_full((rank,), e) for e, rank in zip(choice.distinct, ranks)]
+            experts_P = [choice.expert_BS.new_full((rank,), e) for e, rank in zip(acting, ranks)]
             expert_P = torch.cat(experts_P)
             gate_BSP = (choice.expert_BS.unsqueeze(-1) == expert_P).to(dtype)
         return _Matrices(choice, dtype, down_PI, up_PO, gate_BSP)

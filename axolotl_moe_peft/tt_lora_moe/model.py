@@ -1,4 +1,4 @@
-"""TTLoraMoeModel: a pool of frozen TT-LoRA experts, and a router that picks one for each sequence.
+"""TTLoraMoeModel: a pool of frozen low-rank experts, and a router that picks one for each sequence.
 
 Top-1 routing gives the router no gradient from the task loss, so training does not run the experts at all: a step is
 one frozen pass of the base model over the batch and the router's cross-entropy. In evaluation and generation the
@@ -25,14 +25,14 @@ from ..shared.trainer_step import labels_of, watch_trainers
 from ..shared.tuner import Tuner
 from .chooser import ExpertChooser, cross_entropies, labels_of_sequences, record
 from .config import TTLoraMoeConfig, check_expert_entry
-from .experts import Expert, check_same_modules, load_expert, load_experts
+from .experts import load_expert
 from .head import TTLoraPoolHead, head_name
-from .layer import TTLoraPoolLinear
+from .layer import NO_CORES, TTLoraPoolLinear
 from .router import PromptRouter
 
 
 class TTLoraMoeModel(Tuner):
-    """TT-LoRA MoE (arXiv 2504.21190, stage 2): exactly one frozen TT-LoRA expert for each sequence.
+    """TT-LoRA MoE (arXiv 2504.21190, stage 2): exactly one frozen expert for each sequence, a TT-LoRA or a LoRA.
 
     In training mode a call needs `labels`, which tell the prompts, and `expert_labels`, the index of the right expert:
     (B,), or (B, S) where rows are packed, -100 for unknown. It returns the router's cross-entropy as the loss and no
@@ -53,7 +53,7 @@ class TTLoraMoeModel(Tuner):
             `expert_labels`; `.pop()` reads them.
 
     Raises:
-        ValueError: an expert cannot be read, or does not fit the model or the other experts.
+        ValueError: an expert cannot be read, or does not fit the model.
     """
 
     prefix = "ttmoe_"
@@ -67,7 +67,7 @@ class TTLoraMoeModel(Tuner):
 
     def _attach(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
-        self._experts = load_experts(config.experts, model)
+        self._experts = [load_expert(entry, model) for entry in config.experts]
         if head_name(model):
             _check_num_labels([expert.num_labels for expert in self._experts], model)
         config.experts = [expert.entry for expert in self._experts]
@@ -78,7 +78,7 @@ class TTLoraMoeModel(Tuner):
             self.train(model.training)  # as the base was, which itself stays in evaluation mode
 
     def _check_target_module_exists(self, peft_config: TTLoraMoeConfig, key: str) -> bool:
-        return key in self._experts[0].shapes or key == head_name(self.model)
+        return any(key in expert.shapes for expert in self._experts) or key == head_name(self.model)
 
     def _create_and_replace(
         self,
@@ -103,16 +103,23 @@ class TTLoraMoeModel(Tuner):
         if current_key == head_name(self.model):
             self._add_heads(adapter_name, target, target_name, parent)
             return
-        layer = target
-        if not isinstance(target, TTLoraPoolLinear):
-            layer = TTLoraPoolLinear(target, self._chooser.choices)
-            self._chooser.layers.append(layer)
-            self._replace_module(parent, target_name, layer, target)
-        cores = [expert.cores and expert.cores[current_key] for expert in self._experts]
-        if any(part is None for part in cores):
+        layer = self._pool_layer(target, target_name, parent)
+        if any(expert.cores is None for expert in self._experts):
             self._chooser.placeholders[adapter_name] = layer.ttmoe_cores
-        cores = None if adapter_name in self._chooser.placeholders else torch.cat(cores)
-        layer.update_layer(adapter_name, [expert.shapes[current_key] for expert in self._experts], cores)
+            cores = None
+        else:
+            cores = torch.cat([e.cores[current_key] for e in self._experts if current_key in e.cores])
+        shapes = [expert.shapes.get(current_key, NO_CORES) for expert in self._experts]
+        layer.update_layer(adapter_name, shapes, cores)
+
+    def _pool_layer(self, target: nn.Module, target_name: str, parent: nn.Module) -> TTLoraPoolLinear:
+        """The layer with pools that is there, or takes this one's place."""
+        if isinstance(target, TTLoraPoolLinear):
+            return target
+        layer = TTLoraPoolLinear(target, self._chooser.choices)
+        self._chooser.layers.append(layer)
+        self._replace_module(parent, target_name, layer, target)
+        return layer
 
     def _add_heads(self, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module) -> None:
         head = target
@@ -141,20 +148,24 @@ class TTLoraMoeModel(Tuner):
         if name in config.expert_names:
             raise ValueError(f"tt_lora_moe.experts: the pool has an expert {name!r} already; names must differ.")
         expert = load_expert(entry, self.model)
-        layers = {
-            key.removesuffix(".base_layer"): layer
-            for key, layer in self.model.named_modules()
-            if isinstance(layer, TTLoraPoolLinear) and adapter_name in layer.experts
-        }
-        pool = Expert(config.experts[0], {key: layer.experts[adapter_name][0] for key, layer in layers.items()}, None)
-        check_same_modules(expert, pool)
         if head := head_name(self.model):
             _check_num_labels([*(e["num_labels"] for e in config.experts), expert.num_labels], self.model)
             self.model.get_submodule(head).add_expert(adapter_name, expert.num_labels, expert.head)
-        for key, layer in layers.items():
-            layer.add_expert(adapter_name, expert.shapes[key], expert.cores[key])
+        for key in expert.shapes:
+            parent_name, _, child = key.rpartition(".")
+            parent = self.model.get_submodule(parent_name)
+            layer = self._pool_layer(getattr(parent, child), child, parent)
+            if adapter_name not in layer.experts:
+                layer.update_layer(adapter_name, [NO_CORES] * len(config.experts), torch.empty(0))
+                layer.set_adapter(self._router.active_adapters)
+        for key, layer in self.model.named_modules():
+            if isinstance(layer, TTLoraPoolLinear) and adapter_name in layer.experts:
+                key = key.removesuffix(".base_layer")
+                cores = expert.cores.get(key, torch.empty(0))
+                layer.add_expert(adapter_name, expert.shapes.get(key, NO_CORES), cores)
         self._router.add_expert(adapter_name)
         config.experts = [*config.experts, expert.entry]
+        config._tensor_names = frozenset(self._tensor_names(adapter_name))
 
     def add_what_is_new(self, config: TTLoraMoeConfig) -> None:
         for expert in config.experts[len(self.peft_config["default"].experts) :]:

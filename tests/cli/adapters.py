@@ -48,9 +48,10 @@ def dataset_keys(adapter: str, rows: Path) -> dict[str, Any]:
 
 
 def save_experts(base: Path, folder: Path) -> None:
-    """The trained experts of a pool."""
-    for seed, name in enumerate(EXPERTS):
-        _save(TTLoraConfig(**TT_LORA), base, folder / name, seed, spread=0.0)
+    """The trained experts of a pool, a TT-LoRA and a plain LoRA."""
+    lora = LoraConfig(r=RANK, target_modules=TT_LORA["target_modules"], init_lora_weights=False)
+    for seed, (name, config) in enumerate(zip(EXPERTS, (TTLoraConfig(**TT_LORA), lora))):
+        _save(config, base, folder / name, seed, spread=0.0)
 
 
 def save_start(adapter: str, base: Path, experts: Path, folder: Path) -> None:

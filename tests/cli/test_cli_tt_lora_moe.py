@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import load_from_disk
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from axolotl_moe_peft import PerftConfig, TTLoraConfig
@@ -35,12 +35,17 @@ STEPS = 40
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, base_model: Callable[[str], Path]) -> Path:
-    """An expert and rows for each of three tasks that a router can tell apart, and adapters that are no experts."""
+    """An expert and rows for each of three tasks that a router can tell apart, and adapters that are no experts.
+
+    The last of the three is a plain LoRA.
+    """
     folder = tmp_path_factory.mktemp("tt_lora_moe")
     adapters: dict[str, Any] = {
         name: TTLoraConfig(rank=3 + k, alpha=400, task_type="CAUSAL_LM") for k, name in enumerate(ALPHABETS)
     }
-    adapters["all_linear"] = TTLoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
+    of_lora = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    adapters["signs"] = LoraConfig(r=4, init_lora_weights=False, **of_lora)
+    adapters["dora"] = LoraConfig(use_dora=True, **of_lora)
     adapters["perft"] = PerftConfig(task_type="CAUSAL_LM")
     for name, config in adapters.items():
         torch.manual_seed(len(name))
@@ -297,7 +302,7 @@ REFUSED: dict[str, tuple[Callable[[Path], dict[str, Any]], tuple[str, ...]]] = {
     ),
     "another method's adapter": (
         lambda f: {"tt_lora_moe": {"experts": experts(f, *EXPERTS, "perft")}},
-        ("tt_lora_moe.experts: perft", "type PERFT, not TT_LORA"),
+        ("tt_lora_moe.experts: perft", "type PERFT, not TT_LORA or LORA"),
     ),
     "another base's adapter": (
         lambda f: {"tt_lora_moe": {"experts": experts(f, *EXPERTS, "foreign")}},
@@ -307,9 +312,9 @@ REFUSED: dict[str, tuple[Callable[[Path], dict[str, Any]], tuple[str, ...]]] = {
         lambda f: {"tt_lora_moe": {"experts": experts(f, *EXPERTS, "truncated")}},
         ("tt_lora_moe.experts: truncated", "cannot be taken as an expert"),
     ),
-    "other modules": (
-        lambda f: {"tt_lora_moe": {"experts": experts(f, *EXPERTS, "all_linear")}},
-        ("all_linear adapts model.layers.0.self_attn.k_proj, digits does not",),
+    "more than a plain LoRA": (
+        lambda f: {"tt_lora_moe": {"experts": experts(f, *EXPERTS, "dora")}},
+        ("tt_lora_moe.experts: dora", "its use_dora: True makes it more than a plain LoRA"),
     ),
     "completion": (
         lambda f: {"datasets": [d | {"type": "completion"} for d in datasets(f, "train", *EXPERTS)]},

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import yaml
 from axolotl.utils.dict import DictDefault
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -73,11 +73,12 @@ def with_experts(recipe: dict[str, Any], folders: dict[str, Path]) -> dict[str, 
 
 
 def save_untrained_experts(recipe: dict[str, Any], folder: Path) -> dict[str, Path]:
-    """Save an adapter of zeros of the real sizes for each expert of the recipe's pool; their folders by name."""
+    """Save an untrained adapter of the real sizes for each expert of the recipe's pool; their folders by name."""
     folders = {}
     for expert, name in expert_recipes(recipe).items():
         model = attach(load(name))
-        zeros = {key: torch.zeros(tensor.shape) for key, tensor in model.state_dict().items() if "ttcore_" in key}
+        own = {key: t for key, t in model.state_dict().items() if "ttcore_" in key or "lora_" in key}
+        zeros = {key: torch.zeros(tensor.shape) for key, tensor in own.items()}
         model.save_pretrained(folder / expert, state_dict=zeros)
         folders[expert] = folder / expert
     return folders
@@ -86,15 +87,25 @@ def save_untrained_experts(recipe: dict[str, Any], folder: Path) -> dict[str, Pa
 def attach(recipe: dict[str, Any]) -> PeftModel:
     """The recipe's adapter on the real architecture, without weights."""
     with tempfile.TemporaryDirectory() as folder:
-        adapter = recipe["adapter"]
-        block = with_experts(recipe, save_untrained_experts(recipe, Path(folder)))[adapter]
-        return get_peft_model(real_architecture(recipe), CONFIGS[adapter](**block, task_type="CAUSAL_LM"))
+        recipe = with_experts(recipe, save_untrained_experts(recipe, Path(folder)))
+        return get_peft_model(real_architecture(recipe), adapter_config(recipe))
+
+
+def adapter_config(recipe: dict[str, Any]) -> PeftConfig:
+    """The recipe's adapter; a LoRA is the host's own."""
+    adapter = recipe["adapter"]
+    if adapter == "lora":
+        names = {"r": "lora_r", "lora_alpha": "lora_alpha", "target_modules": "lora_target_modules"}
+        return LoraConfig(**{name: recipe[key] for name, key in names.items()}, task_type="CAUSAL_LM")
+    return CONFIGS[adapter](**recipe[adapter], task_type="CAUSAL_LM")
 
 
 @cache
 def counts(name: str) -> tuple[int, int]:
     """(trainable, of these a token passes through) of the recipe's adapter on the real architecture."""
     model = attach(load(name))
+    if load(name)["adapter"] == "lora":
+        return (model.get_nb_trainable_parameters()[0],) * 2
     rows = model.base_model.parameter_rows()
     trainable = sum(row.parameters for row in rows)
     assert trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -13,6 +13,8 @@ _VARIANTS = {"routed": "PERFT-R", "embedded": "PERFT-E", "dense": "PERFT-D", "si
 
 def method(recipe: dict[str, Any]) -> str:
     """The recipe's method and its sizes in a few words."""
+    if recipe["adapter"] == "lora":
+        return f"LoRA, rank {recipe['lora_r']}"
     block = recipe[recipe["adapter"]]
     if recipe["adapter"] == "perft":
         sizes = {"N": block.get("num_experts"), "K": block.get("num_experts_per_tok"), "rank": block["rank"]}

@@ -1,4 +1,4 @@
-"""Trained stage-1 experts on disk, and pools of them."""
+"""Trained experts on disk, TT-LoRAs and plain LoRAs, and pools of them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import peft
 import torch
+from peft import LoraConfig
 from transformers import PreTrainedModel
 
 from axolotl_moe_peft import TTLoraConfig, TTLoraMoeConfig
@@ -33,6 +34,19 @@ def save_experts(
     return [{"name": name, "path": str(folder / name)} for name in names]
 
 
+def save_lora(folder: Path, name: str = "lora", family: str = "llama", **keys: Any) -> dict[str, str]:
+    """Save a LoRA with random A and B, each a good part of what a layer adds; its entry for `experts`."""
+    torch.manual_seed(sum(map(ord, name)))
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    model = peft.get_peft_model(tiny_model(family), LoraConfig(**(settings | keys)))
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "lora_" in parameter_name:
+                parameter.normal_(std=0.5)
+    model.save_pretrained(folder / name)
+    return {"name": name, "path": str(folder / name)}
+
+
 def pool_of(entries: list[dict], family: str = "llama", base: PreTrainedModel | None = None, **keys: Any):
     """A new pool on the tiny base, its router the same each time; in eval mode."""
     base = tiny_model(family) if base is None else base
@@ -48,5 +62,5 @@ def pool_of(entries: list[dict], family: str = "llama", base: PreTrainedModel | 
 
 
 def expert_model(entry: dict, family: str = "llama"):
-    """The base with one expert's own stage-1 adapter."""
+    """The base with one expert's own adapter."""
     return peft.PeftModel.from_pretrained(tiny_model(family), entry["path"]).eval()

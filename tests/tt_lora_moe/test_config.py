@@ -32,7 +32,7 @@ def test_saved_and_loaded_it_is_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"experts": []}, r"experts: \[\] is not allowed; it is a list of trained tt_lora adapters"),
+        ({"experts": []}, r"experts: \[\] is not allowed; it is a list of trained tt_lora or LoRA adapters"),
         ({"experts": "out/gsm8k"}, "experts: 'out/gsm8k' is not allowed"),
         ({"experts": ["out/gsm8k"]}, "an expert is {name: ..., path: ...}"),
         ({"experts": [{"name": "gsm8k"}]}, "an expert is {name: ..., path: ...}"),

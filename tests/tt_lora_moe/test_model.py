@@ -386,14 +386,8 @@ def test_experts_that_do_not_fit_are_named_with_the_difference(entries, tmp_path
     with pytest.raises(ValueError, match=r"nowhere .*holds no adapter_config.json; give the folder"):
         attach(entry("nowhere"))
     peft.get_peft_model(tiny_model("mixtral"), PerftConfig()).save_pretrained(tmp_path / "perft")
-    with pytest.raises(ValueError, match="perft .*type PERFT, not TT_LORA"):
+    with pytest.raises(ValueError, match="perft .*type PERFT, not TT_LORA or LORA"):
         attach(entry("perft"))
-    save_experts(tmp_path, names=["more"], target_modules=["q_proj", "k_proj", "v_proj"])
-    with pytest.raises(ValueError, match=r"more adapts model.layers.0.self_attn.k_proj, gsm8k does not"):
-        attach(entry("more"))
-    save_experts(tmp_path, names=["fewer"], target_modules=["q_proj"])
-    with pytest.raises(ValueError, match=r"gsm8k adapts model.layers.0.self_attn.v_proj, fewer does not"):
-        attach(entry("fewer"))
     save_experts(tmp_path, names=["cut"])
     file = tmp_path / "cut" / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
