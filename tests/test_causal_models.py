@@ -16,14 +16,27 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from axolotl_moe_peft import TTLoraConfig, TTLoraMoeConfig
+from axolotl_moe_peft import PerftConfig, TTLoraConfig, TTLoraMoeConfig
 from axolotl_moe_peft.tt_lora import TTLoraLinear
 from tests.causal_models import causal_model_types, is_tiny, tiny_causal_model
 from tests.pt_moe.prompts import T, adapter_tensors, config, randomise_prompts
-from tests.tiny_models import PAD, random_ids
+from tests.tiny_models import PAD, random_ids, randomise_adapters
 
 # one of a kind: positions that are learned, offset, ALiBi's, none; a wrapped decoder; states; an encoder; own caches
-_BY_DAY = ("bart", "bert", "bloom", "ctrl", "llama4_text", "mamba", "mpt", "opt", "qwen3_next", "rwkv", "xglm")
+_BY_DAY = (
+    "bart",
+    "bert",
+    "bloom",
+    "ctrl",
+    "falcon",
+    "llama4_text",
+    "mamba",
+    "mpt",
+    "opt",
+    "qwen3_next",
+    "rwkv",
+    "xglm",
+)
 if os.environ.get("SWEEP") == "all":
     TYPES = [model_type for model_type in causal_model_types() if is_tiny(model_type)]
 else:
@@ -46,7 +59,7 @@ def attached(base: PreTrainedModel, adapter: Callable) -> PeftModel | None:
     try:
         return get_peft_model(base, adapter()).eval()
     except ValueError as error:
-        assert str(error).startswith(("pt_moe", "tt_lora", "Target modules"))
+        assert str(error).startswith(("perft", "pt_moe", "tt_lora", "Target modules"))
         assert list(base.modules()) == modules
         assert hooks_of(base) == hooks
         assert vars(base).keys() == own.keys()
@@ -213,3 +226,22 @@ def test_a_pool_gives_each_row_its_own_expert_or_is_refused(model_type, tmp_path
             expected = singles[expert].generate(input_ids=row[None], **GREEDY, use_cache=use_cache)[0, len(row) :]
             found = greedy_or_refused(pool, row, use_cache=use_cache)
             assert found is None or torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_adapters_beside_dense_mlps_act_and_learn_or_are_refused(model_type):
+    settings = {"target_modules": "mlp", "num_experts": 3, "rank": 4, "task_type": "CAUSAL_LM"}
+    base, ids = tiny_causal_model(model_type), random_ids(2, 12)
+    with torch.no_grad():  # with gradients Doge takes another kernel
+        expected = base(input_ids=ids, use_cache=False).logits
+        model = attached(base, lambda: PerftConfig(**settings))
+        if model is None:
+            return
+        assert torch.equal(model(input_ids=ids, use_cache=False).logits, expected)
+        randomise_adapters(model)
+        assert not torch.allclose(model(input_ids=ids, use_cache=False).logits, expected, **CLOSE)
+    model.train()(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+    assert model.base_model.statistics.pop()["router_aux_loss"] > 0

@@ -30,6 +30,11 @@ BLOCKS: dict[str, tuple[str, dict[str, Any]]] = {
     "perft embedded": ("perft", {"variant": "embedded", "rank": RANK, "base_router_aux_loss_coef": AUX}),
     "perft dense": ("perft", {"variant": "dense", "num_experts": 2, "rank": RANK}),
     "perft single": ("perft", {"variant": "single", "expert_type": "parallel_adapter", "rank": RANK}),
+    "perft beside MLPs": (
+        "perft",
+        {"target_modules": "mlp", "num_experts": N, "num_experts_per_tok": K, "rank": RANK, "alpha": ALPHA}
+        | {"router_aux_loss_coef": AUX, "router_z_loss_coef": Z},
+    ),
     "tt_lora": ("tt_lora", TT_LORA),
     "tt_lora all-linear": ("tt_lora", {"rank": 2, "alpha": ALPHA, "target_modules": "all-linear", "num_cores": 6}),
     "tt_lora Conv1D": ("tt_lora", {"rank": 3, "alpha": ALPHA, "target_modules": ["c_attn", "c_proj"]}),
@@ -53,6 +58,7 @@ METHODS = tuple(dict.fromkeys(method for method, _ in BLOCKS.values()))
 _FAMILIES = {
     "perft": ("mixtral", "olmoe", "qwen3_moe"),
     "pt_moe": ("llama", "mixtral", "gpt2"),
+    "perft beside MLPs": ("llama", "gpt2"),
     "tt_lora Conv1D": ("gpt2",),
 }
 # routers of whole sequences, of features that are small in a random model

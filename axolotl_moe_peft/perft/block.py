@@ -1,4 +1,4 @@
-"""Reading an MoE block: where its router and experts are, and what their calls say.
+"""What adapters can go beside: dense MLPs, and MoE blocks, of which it is read what their routers and experts say.
 
 The standard interface (Mixtral, OLMoE, Qwen3-MoE and most others): a module with a router, called `gate` or `router`,
 and a module `experts` that is called with (hidden_states (T, D), indices (T, k), weights (T, k)). The router returns
@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from .moe_families import BaseRouting, Family
+from .moe_families import STANDARD, BaseRouting, Family
 
 
 class ExpertsCall(NamedTuple):
@@ -24,25 +24,19 @@ class ExpertsCall(NamedTuple):
     routing: BaseRouting
 
 
-@dataclass(frozen=True)
-class MoeBlock:
-    """One MoE block of a base model.
+@dataclass(frozen=True, kw_only=True)
+class FeedForward:
+    """A feed-forward part of a layer, which adapters can go beside.
 
     Attributes:
         name: its full name in the model.
-        module: the block itself. Where a decoder layer holds router and experts beside other things (Gemma 4), the
-            experts: their input is what an adapter must see, and their output what it adds to.
-        router, experts: its children; experts is None where they are no module (JetMoe).
-        family: what is special about it.
-        config: of the innermost model of transformers around the block: the text's, or that of a vision tower.
+        module: the part itself.
+        config: of the innermost model of transformers around it: the text's, or that of a vision tower.
         reads_text: whether it is part of the decoder and sees the tokens of the batch; not so in a vision tower.
     """
 
     name: str
     module: nn.Module
-    router: nn.Module
-    experts: nn.Module | None
-    family: Family
     config: Any
     reads_text: bool = True
 
@@ -61,6 +55,35 @@ class MoeBlock:
     def hidden_size(self) -> int:
         """D, the width of what the block reads and returns."""
         return self.config.hidden_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseMlp(FeedForward):
+    """The MLP of a dense layer; it has nothing that families could differ in."""
+
+    family: ClassVar[Family] = STANDARD
+
+    @property
+    def norm_topk_prob(self) -> bool:
+        """Whether an adapter's K weights sum to one where nothing is said of it: there is no base router to follow."""
+        return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoeBlock(FeedForward):
+    """One MoE block of a base model.
+
+    Its `module` is, where a decoder layer holds router and experts beside other things (Gemma 4), the experts: their
+    input is what an adapter must see, and their output what it adds to.
+
+    Attributes:
+        router, experts: its children; experts is None where they are no module (JetMoe).
+        family: what is special about it.
+    """
+
+    router: nn.Module
+    experts: nn.Module | None
+    family: Family
 
     @property
     def norm_topk_prob(self) -> bool:

@@ -10,6 +10,7 @@ from transformers.activations import ACT2FN
 
 from ..shared.config import ModulesToSaveConfig, check_target_modules
 
+DENSE_MLPS = "mlp"  # as `target_modules`
 _CHOICES = {
     "variant": ("routed", "embedded", "dense", "single"),
     "expert_type": ("lora", "parallel_adapter"),
@@ -21,6 +22,8 @@ _CHOICES = {
 @dataclass
 class PerftConfig(ModulesToSaveConfig):
     """Configuration of PERFT (arXiv 2411.08212): adapters in parallel with the experts of an MoE block.
+
+    Beside the MLPs of dense layers they go where `target_modules` asks for it.
 
     The four variants are the paper's PERFT-R (`routed`), PERFT-E (`embedded`), PERFT-D (`dense`) and PERFT-S
     (`single`). Every field is a key of the `perft:` block with the same name and default.
@@ -87,10 +90,13 @@ class PerftConfig(ModulesToSaveConfig):
     )
     target_modules: list[str] | str | None = field(
         default=None,
-        metadata={"help": "MoE blocks: names, suffixes of names, or one regular expression. null: every MoE block."},
+        metadata={
+            "help": "MoE blocks: names, suffixes of names, or one regular expression; they mean dense MLPs where they "
+            "match no MoE block. `mlp`: every dense MLP. null: every MoE block."
+        },
     )
     layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of the decoder layers whose MoE block is adapted. null: all."}
+        default=None, metadata={"help": "Indices of the decoder layers that are adapted. null: all."}
     )
 
     training_fields: ClassVar[tuple[str, ...]] = (
@@ -101,8 +107,8 @@ class PerftConfig(ModulesToSaveConfig):
         "base_router_aux_loss_coef",
     )
     unmergeable: ClassVar[str] = (
-        "it runs in parallel with the MoE block, partly chosen per token, and no weight of the base model computes "
-        "that"
+        "it runs in parallel with the MoE block or MLP, partly chosen per token, and no weight of the base model "
+        "computes that"
     )
 
     @property
@@ -131,6 +137,7 @@ class PerftConfig(ModulesToSaveConfig):
         self._resolve_expert_counts()
         self._check_ranges()
         check_target_modules("perft.target_modules", self.target_modules)
+        self._check_goes_beside_dense_mlps()
         for name, neutral in (("norm_topk_prob", None), ("gate_weights", "own")):
             if self.variant != "routed" and getattr(self, name) != neutral:
                 raise ValueError(
@@ -161,6 +168,19 @@ class PerftConfig(ModulesToSaveConfig):
                 f"perft.num_experts_per_tok: {self.num_experts_per_tok} is more than num_experts "
                 f"({self.num_experts}); a token cannot be routed to more adapters than there are."
             )
+
+    def _check_goes_beside_dense_mlps(self) -> None:
+        needs_a_base_router = {
+            "variant": self.variant == "embedded",
+            "gate_weights": self.gate_weights == "base",
+            "base_router_aux_loss_coef": self.base_router_aux_loss_coef > 0,
+        }
+        for name, needs_it in needs_a_base_router.items():
+            if self.target_modules == DENSE_MLPS and needs_it:
+                raise ValueError(
+                    f"perft.{name}: {getattr(self, name)} does not go with target_modules: {DENSE_MLPS}, which adapts "
+                    "dense MLPs: they have no experts and no router. Leave one of the two out."
+                )
 
     def _check_ranges(self) -> None:
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:

@@ -1,4 +1,4 @@
-"""PerftLayer: an MoE block with adapters in parallel with its experts.
+"""PerftLayer: an MoE block, or a dense MLP, with adapters in parallel with it.
 
 Shape suffixes: T tokens (batch and sequence flattened), D model width, N adapters, K adapters per token, R rank. E, k:
 the base block's experts and experts per token.
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..shared.auxiliary import AuxiliaryLosses
 from ..shared.routing import Routing, acting_losses
 from ..shared.tuner import TunerLayer
-from .block import MoeBlock
+from .block import FeedForward, MoeBlock
 from .config import PerftConfig
 from .moe_families import BaseRouting
 from .probe import base_scores
@@ -33,20 +33,20 @@ _base_routing: ContextVar[BaseRouting] = ContextVar("base_routing", default=Base
 
 
 class PerftLayer(nn.Module, TunerLayer):
-    """Wraps an MoE block; its base router and experts stay as they are and are only called.
+    """Wraps an MoE block or a dense MLP, which stays as it is and is only called.
 
     Adapter parameters, by adapter name, in float32:
         perft_down (N, R, D), perft_up (N, D, R), and for variant `routed` perft_router (N, D).
 
     Args:
-        block: the MoE block to wrap.
+        block: what to wrap.
         auxiliary: the model's auxiliary losses, shared by all its layers.
     """
 
     adapter_layer_names = ("perft_down", "perft_up", "perft_router")
     other_param_names = ("perft_config", "norm_topk_prob", "num_active_experts", "num_layers")
 
-    def __init__(self, block: MoeBlock, auxiliary: AuxiliaryLosses) -> None:
+    def __init__(self, block: FeedForward, auxiliary: AuxiliaryLosses) -> None:
         super().__init__()
         self.base_layer = block.module
         self.block = block
@@ -59,9 +59,11 @@ class PerftLayer(nn.Module, TunerLayer):
         self.num_active_experts: dict[str, int] = {}
         self.num_layers: dict[str, int] = {}
         self._base_scores: Callable[[Tensor], Tensor] | None = None
-        self._handles = [block.router.register_forward_hook(self._note_base_routing)]
-        if block.experts is not None and block.family.routing is None:
-            self._handles.append(block.experts.register_forward_hook(self._add_to_experts, with_kwargs=True))
+        self._handles = []
+        if isinstance(block, MoeBlock):
+            self._handles.append(block.router.register_forward_hook(self._note_base_routing))
+            if block.experts is not None and block.family.routing is None:
+                self._handles.append(block.experts.register_forward_hook(self._add_to_experts, with_kwargs=True))
         self.train(self.base_layer.training)
 
     def update_layer(self, adapter_name: str, config: PerftConfig, num_layers: int) -> None:
@@ -153,15 +155,16 @@ class PerftLayer(nn.Module, TunerLayer):
         config = self.perft_config[adapter_name]
         x_TD = hidden_states.reshape(-1, self.block.hidden_size)
         addition = VARIANTS[config.variant].add_to_block(self.adapter(adapter_name), x_TD, routing)
-        if addition.delta_TD is not None:
-            out = _add(out, addition.delta_TD)
-        return self._add_router_losses(adapter_name, out, addition.routing, routing)
+        if addition.delta_TD is None:
+            return self._add_router_losses(adapter_name, out, addition.routing, routing)
+        # to what is added, not to the sum, to which some layers add in place (Falcon's)
+        return _add(out, self._add_router_losses(adapter_name, addition.delta_TD, addition.routing, routing))
 
-    def _add_router_losses(self, adapter_name: str, out: Tensor, own: Routing | None, base: BaseRouting) -> Tensor:
-        """The block's output unchanged, with the losses of the adapter's router and of the base's in its gradient."""
+    def _add_router_losses(self, adapter_name: str, x: Tensor, own: Routing | None, base: BaseRouting) -> Tensor:
+        """`x` unchanged, with the losses of the adapter's router and of the base's in its gradient."""
         auxiliary, config, layer = self.auxiliary, self.perft_config[adapter_name], self.block.name
         if auxiliary.current is None or not self.perft_down[adapter_name].requires_grad:
-            return out
+            return x
         padded = self.block.reads_text  # a vision tower's patches are not the batch's tokens
         losses = []
         if own is not None:
@@ -170,7 +173,7 @@ class PerftLayer(nn.Module, TunerLayer):
             losses.append(auxiliary.losses(adapter_name, layer, config, self._scored(base), "base_", padded))
         losses = [loss for loss in losses if loss is not None]
         loss = sum(losses) / self.num_layers[adapter_name] if losses else None
-        return auxiliary.add(out, loss, adapter_name, layer)
+        return auxiliary.add(x, loss, adapter_name, layer)
 
     def _scored(self, routing: BaseRouting) -> Routing:
         """What the base router decided, with the scores by which it did."""

@@ -1,4 +1,4 @@
-"""PerftModel: attaches PERFT adapters to the MoE blocks of a model."""
+"""PerftModel: attaches PERFT adapters to the MoE blocks of a model, or to its dense MLPs."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from ..shared.auxiliary import AuxiliaryLosses
 from ..shared.summary import ParameterRow, parameter_row
 from ..shared.tuner import Tuner
 from .base_losses import BaseLosses
-from .block import MoeBlock
+from .block import FeedForward
 from .config import PerftConfig
 from .layer import PerftLayer
 from .probe import base_scores
-from .selection import find_moe_blocks, select_moe_blocks
+from .selection import find_moe_blocks, select_blocks
 from .variants import VARIANTS
 
 if TYPE_CHECKING:
@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 class PerftModel(Tuner):
     """PERFT: routed or always-on adapters in parallel with the experts of MoE blocks (arXiv 2411.08212).
 
+    With `target_modules: mlp` they are in parallel with the MLPs of dense layers.
+
     Args:
-        model: a causal language model of transformers with MoE blocks.
+        model: a causal language model of transformers.
         config: a PerftConfig.
         adapter_name: name of the adapter.
 
@@ -45,14 +47,14 @@ class PerftModel(Tuner):
         return self.model(*args, **kwargs)
 
     def _prepare_model(self, peft_config: PerftConfig, model: nn.Module) -> None:
-        blocks = select_moe_blocks(model, peft_config.target_modules, peft_config.layers_to_transform)
+        blocks = select_blocks(model, peft_config.target_modules, peft_config.layers_to_transform)
         for block in blocks:
             _check_that_it_is_there(block)
             VARIANTS[peft_config.variant].sizes(peft_config, block)
             on_meta = any(p.is_meta for p in block.module.parameters())
             if peft_config.base_router_aux_loss_coef and not on_meta:
                 base_scores(block)
-        self._blocks: dict[str, MoeBlock] = {block.name: block for block in blocks}
+        self._blocks: dict[str, FeedForward] = {block.name: block for block in blocks}
         if not hasattr(self, "auxiliary"):  # now that nothing can be refused any more
             self.auxiliary = AuxiliaryLosses(model)
             self.statistics = self.auxiliary.statistics
@@ -86,7 +88,7 @@ class PerftModel(Tuner):
 
     @property
     def adapted_layers(self) -> list[int]:
-        """Indices of the decoder layers whose MoE block carries an adapter; dense layers are left alone."""
+        """Indices of the decoder layers with an adapter."""
         return [layer.block.layer_index for layer in self.model.modules() if isinstance(layer, PerftLayer)]
 
     @property
@@ -122,12 +124,12 @@ class PerftModel(Tuner):
         return super().unload()
 
 
-def _check_that_it_is_there(block: MoeBlock) -> None:
+def _check_that_it_is_there(block: FeedForward) -> None:
     """Refuse a block whose weights accelerate keeps elsewhere; on the meta device alone they are still to come."""
     offloaded = any(hasattr(module, "_hf_hook") for module in block.module.modules())
     if offloaded and any(parameter.is_meta for parameter in block.module.parameters()):
         raise ValueError(
-            f"perft: the MoE block {block.name} is offloaded (`device_map` puts it on the CPU or the disk), and an "
+            f"perft: {block.name} is offloaded (`device_map` puts it on the CPU or the disk), and an "
             "adapter beside it has no device of its own. Load the base model without offloading, such as quantised "
             "or over several GPUs, or leave such layers out with `layers_to_transform`."
         )

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from ..shared.precision import autocast_as_in_training
 from ..shared.tuner import whole
-from .block import ExpertsCall, MoeBlock
+from .block import ExpertsCall, FeedForward, MoeBlock
 from .moe_families import BaseRouting
 
 # Tokens of a probe, from nearly undecided logits to saturated scores, and how near the k weights (of sum one) must be.
 _PROBE_TOKENS, _PROBE_SCALES, _PROBE_TOLERANCE = 64, (-1.0, 1.5), 0.02
 
+_DENSE = "it is a dense MLP, without experts and without a router"
 _NO_EXPERTS_CALL = "its experts are not called as one module with hidden states, indices and weights"
 _NOT_ONLY_EXPERTS = "its router also chooses among outputs that are no experts"
 
@@ -78,15 +79,27 @@ def probe(block: MoeBlock) -> ExpertsCall | None:
     return seen[0] if seen else None
 
 
-def embedded_sizes(block: MoeBlock) -> tuple[int, int, int]:
+def _probed(block: FeedForward, key: str) -> ExpertsCall:
+    """What a probe of the block finds.
+
+    Raises:
+        ValueError: `key` needs what the block does not have.
+    """
+    if not isinstance(block, MoeBlock):
+        raise _refusal(block, key, _DENSE)
+    call = probe(block)
+    if call is None:
+        raise _refusal(block, key, _NO_EXPERTS_CALL)
+    return call
+
+
+def embedded_sizes(block: FeedForward) -> tuple[int, int, int]:
     """E, k and the width of the experts' input.
 
     Raises:
-        ValueError: the experts are not called with indices and weights.
+        ValueError: there are no experts, or they are not called with indices and weights.
     """
-    call = probe(block)
-    if call is None:
-        raise _refusal(block, "variant: embedded", _NO_EXPERTS_CALL)
+    call = _probed(block, "variant: embedded")
     logits_TE, _, indices_TK = call.routing
     if block.family.num_experts is not None:
         num_experts = block.family.num_experts(block.module)
@@ -98,15 +111,13 @@ def embedded_sizes(block: MoeBlock) -> tuple[int, int, int]:
     return num_experts, indices_TK.shape[-1], call.hidden_states.shape[-1]
 
 
-def base_weights_per_tok(block: MoeBlock) -> int:
+def base_weights_per_tok(block: FeedForward) -> int:
     """k, if the router's weights are those of k experts' outputs.
 
     Raises:
         ValueError: they are not.
     """
-    call = probe(block)
-    if call is None:
-        raise _refusal(block, "gate_weights: base", _NO_EXPERTS_CALL)
+    call = _probed(block, "gate_weights: base")
     if block.family.weights_scale_inputs:
         raise _refusal(block, "gate_weights: base", "its router's weights scale what goes into the experts")
     if block.family.num_experts is not None:
@@ -114,17 +125,15 @@ def base_weights_per_tok(block: MoeBlock) -> int:
     return call.routing.weights_TK.shape[-1]
 
 
-def base_scores(block: MoeBlock) -> Callable[[Tensor], Tensor]:
+def base_scores(block: FeedForward) -> Callable[[Tensor], Tensor]:
     """The function that turns the base router's logits into its scores: softmax or sigmoid.
 
     Which one is found by routing a few tokens: the weights must be the chosen experts' scores, up to a factor.
 
     Raises:
-        ValueError: it is neither, or there are no logits, so that there is no balance loss of this router.
+        ValueError: it is neither, or there are no logits or no router, so that there is no balance loss of it.
     """
-    call = probe(block)
-    if call is None:
-        raise _refusal(block, "base_router_aux_loss_coef", _NO_EXPERTS_CALL)
+    call = _probed(block, "base_router_aux_loss_coef")
     if block.family.num_experts is not None:
         raise _refusal(block, "base_router_aux_loss_coef", _NOT_ONLY_EXPERTS)
     logits_TE, weights_TK, indices_TK = call.routing
@@ -153,7 +162,7 @@ def _probe_tokens(block: MoeBlock) -> Tensor:
     return tokens.to(weight.device, weight.dtype)
 
 
-def _refusal(block: MoeBlock, key: str, reason: str) -> ValueError:
+def _refusal(block: FeedForward, key: str, reason: str) -> ValueError:
     return ValueError(
         f"perft.{key} is not possible with {type(block.module).__name__} ({block.name}): {reason}. Leave the key "
         "out, or leave such layers out with `layers_to_transform`."

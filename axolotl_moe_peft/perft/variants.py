@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from ..shared.routing import Routing, router_logits, top_k_routing
-from .block import MoeBlock
+from .block import FeedForward
 from .config import PerftConfig
 from .moe_families import BaseRouting, Family
 from .probe import base_weights_per_tok, embedded_sizes
@@ -62,7 +62,7 @@ class Addition(NamedTuple):
 class Variant(Protocol):
     """One of the paper's variants."""
 
-    def sizes(self, config: PerftConfig, block: MoeBlock) -> Sizes:
+    def sizes(self, config: PerftConfig, block: FeedForward) -> Sizes:
         """The adapter's sizes in a block.
 
         Raises:
@@ -79,7 +79,7 @@ class Variant(Protocol):
 class AlwaysOn:
     """PERFT-D and PERFT-S: the sum of all units, whatever the token."""
 
-    def sizes(self, config: PerftConfig, block: MoeBlock) -> Sizes:
+    def sizes(self, config: PerftConfig, block: FeedForward) -> Sizes:
         num_experts = config.num_experts or 1
         return Sizes(num_experts, num_experts, block.hidden_size)
 
@@ -93,7 +93,7 @@ class AlwaysOn:
 class Routed:
     """PERFT-R: a router of the adapter's own chooses K of its N units."""
 
-    def sizes(self, config: PerftConfig, block: MoeBlock) -> Sizes:
+    def sizes(self, config: PerftConfig, block: FeedForward) -> Sizes:
         if config.gate_weights == "base":
             base_top_k = base_weights_per_tok(block)
             if config.num_experts_per_tok > base_top_k:
@@ -122,7 +122,7 @@ class Routed:
 class Embedded:
     """PERFT-E: one unit inside each of the E base experts, with the weight that the base router gives the expert."""
 
-    def sizes(self, config: PerftConfig, block: MoeBlock) -> Sizes:
+    def sizes(self, config: PerftConfig, block: FeedForward) -> Sizes:
         return Sizes(*embedded_sizes(block))
 
     def add_to_block(self, adapter: BlockAdapter, x_TD: Tensor, routing: BaseRouting) -> Addition:

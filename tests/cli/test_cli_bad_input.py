@@ -74,7 +74,10 @@ REFUSED_BLOCKS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "tt_lora, perft's block": (tt_lora() | {"perft": {"rank": 4}}, ("`perft:`", "'tt_lora'", "remove the block")),
 }
 REFUSED_WITH_THE_BASE: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "dense base": ({"base_model": "llama"}, ("LlamaForCausalLM", "no MoE block", "`adapter: lora`")),
+    "dense base": (
+        {"base_model": "llama"},
+        ("LlamaForCausalLM", "no MoE block", "`target_modules: mlp`", "`adapter: lora`"),
+    ),
     "target_modules match nothing": (
         {"perft": {"target_modules": ["experts_block"]}},
         ("perft.target_modules", "experts_block", "model.layers.0.mlp", "leave the key out"),

@@ -11,7 +11,7 @@ from peft import PeftConfig, PeftType, get_peft_model
 from transformers import AfmoeConfig, AfmoeForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from axolotl_moe_peft import PerftConfig
-from axolotl_moe_peft.perft.selection import select_moe_blocks
+from axolotl_moe_peft.perft.selection import select_blocks
 from axolotl_moe_peft.shared.config import ModulesToSaveConfig
 from tests.tiny_models import FAMILIES, VOCAB_SIZE, tiny_model
 
@@ -181,7 +181,7 @@ def test_a_bad_value_in_a_saved_file_is_refused(tmp_path):
 
 def names(model: PreTrainedModel, **chosen) -> list[str]:
     """Names of the chosen blocks, which are exactly those that get adapted."""
-    blocks = select_moe_blocks(model, **chosen)
+    blocks = select_blocks(model, **chosen)
     for block in blocks:
         assert model.get_submodule(block.name) is block.module
     expected = [block.name for block in blocks]
@@ -194,7 +194,7 @@ def names(model: PreTrainedModel, **chosen) -> list[str]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_block_is_chosen_by_default(family):
     model = tiny_model(family)
-    blocks = select_moe_blocks(model)
+    blocks = select_blocks(model)
     assert names(model) == ["model.layers.0.mlp", "model.layers.1.mlp"]
     assert [block.layer_index for block in blocks] == [0, 1]
     for block, layer in zip(blocks, model.model.layers, strict=True):
@@ -224,7 +224,7 @@ def test_a_suffix_is_one_of_whole_names():
     model = tiny_model("mixtral", num_hidden_layers=12)
     assert names(model, target_modules=["1.mlp"]) == ["model.layers.1.mlp"]
     with pytest.raises(ValueError, match="'lp' matches no MoE block"):
-        select_moe_blocks(model, target_modules=["lp"])
+        select_blocks(model, target_modules=["lp"])
 
 
 @pytest.mark.parametrize(
@@ -242,16 +242,14 @@ def test_layers_choose_among_the_target_modules():
         f"model.layers.{i}.mlp" for i in (2, 3)
     ]
     with pytest.raises(ValueError, match=r"layers_to_transform: \[0\] .* layers \[1, 2, 3\]"):
-        select_moe_blocks(model, target_modules=targets, layers_to_transform=[0, 2])
+        select_blocks(model, target_modules=targets, layers_to_transform=[0, 2])
 
 
 def test_dense_layers_of_a_mixed_model_are_left_alone():
     model = tiny_model("qwen3_moe", num_hidden_layers=3, mlp_only_layers=[1])
     assert names(model) == ["model.layers.0.mlp", "model.layers.2.mlp"]
     with pytest.raises(ValueError, match=r"layers_to_transform: \[1\] .* layers \[0, 2\]"):
-        select_moe_blocks(model, layers_to_transform=[1])
-    with pytest.raises(ValueError, match=r"'model\.layers\.1\.mlp' matches no MoE block"):
-        select_moe_blocks(model, target_modules=["model.layers.1.mlp"])
+        select_blocks(model, layers_to_transform=[1])
 
 
 def test_a_gate_without_experts_beside_it_is_no_block():
@@ -266,9 +264,9 @@ def test_a_gate_without_experts_beside_it_is_no_block():
 
 def test_an_adapted_model_has_the_same_blocks():
     model = tiny_model("mixtral")
-    before = [(b.name, b.module, b.router, b.experts) for b in select_moe_blocks(model)]
+    before = [(b.name, b.module, b.router, b.experts) for b in select_blocks(model)]
     get_peft_model(model, PerftConfig(task_type="CAUSAL_LM"))
-    assert [(b.name, b.module, b.router, b.experts) for b in select_moe_blocks(model)] == before
+    assert [(b.name, b.module, b.router, b.experts) for b in select_blocks(model)] == before
 
 
 def test_a_dense_base_is_refused_with_what_was_looked_for():
@@ -281,7 +279,7 @@ def test_a_dense_base_is_refused_with_what_was_looked_for():
         num_key_value_heads=2,
     )
     model = LlamaForCausalLM(config)
-    for attach in (select_moe_blocks, lambda base: get_peft_model(base, PerftConfig(task_type="CAUSAL_LM"))):
+    for attach in (select_blocks, lambda base: get_peft_model(base, PerftConfig(task_type="CAUSAL_LM"))):
         with pytest.raises(ValueError) as error:
             attach(model)
         message = str(error.value)
@@ -295,7 +293,7 @@ def test_a_dense_base_is_refused_with_what_was_looked_for():
         (["q_proj"], "'q_proj'"),
         (["mlp", "feed_forward"], "'feed_forward'"),
         (["mlp.experts"], "'mlp.experts'"),
-        ("mlp", "'mlp'"),  # a string is a regular expression for the whole name
+        ("mlps", "'mlps'"),  # a string is a regular expression for the whole name
         ([], "[]"),
         ("", "''"),
     ],
@@ -304,7 +302,7 @@ def test_a_dense_base_is_refused_with_what_was_looked_for():
 def test_target_modules_that_match_nothing_are_named_beside_what_there_is(target_modules, named):
     model = tiny_model("mixtral")
     config = PerftConfig(target_modules=target_modules, task_type="CAUSAL_LM")
-    for attach in (lambda: select_moe_blocks(model, target_modules), lambda: get_peft_model(model, config)):
+    for attach in (lambda: select_blocks(model, target_modules), lambda: get_peft_model(model, config)):
         with pytest.raises(ValueError) as error:
             attach()
         message = str(error.value)
@@ -319,7 +317,7 @@ def test_layers_out_of_range_are_named_beside_what_there_is(layers_to_transform,
     model = tiny_model("mixtral")
     config = PerftConfig(layers_to_transform=layers_to_transform, task_type="CAUSAL_LM")
     for attach in (
-        lambda: select_moe_blocks(model, layers_to_transform=layers_to_transform),
+        lambda: select_blocks(model, layers_to_transform=layers_to_transform),
         lambda: get_peft_model(model, config),
     ):
         with pytest.raises(ValueError) as error:

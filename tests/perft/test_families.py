@@ -11,7 +11,7 @@ from transformers.models.aria.modeling_aria import AriaExperts
 from axolotl_moe_peft import PerftConfig
 from axolotl_moe_peft.perft import PerftLayer, moe_families
 from axolotl_moe_peft.perft.probe import embedded_sizes
-from axolotl_moe_peft.perft.selection import select_moe_blocks
+from axolotl_moe_peft.perft.selection import select_blocks
 from tests.moe_families import FAMILIES, tiny_family_config, tiny_family_model
 from tests.tiny_models import PAD, random_ids, randomise_adapters, tiny_model
 
@@ -320,7 +320,7 @@ def test_a_base_that_arrives_on_the_meta_device_finds_its_routers_scores_later()
 def test_looking_at_a_base_in_training_draws_no_random_number():
     base = tiny_family_model("phimoe", router_jitter_noise=0.1, input_jitter_noise=0.1).train()
     state = torch.get_rng_state()
-    for block in select_moe_blocks(base):
+    for block in select_blocks(base):
         assert embedded_sizes(block) == (4, 2, 32)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(m.training for m in base.modules())
