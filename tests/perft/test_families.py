@@ -255,9 +255,11 @@ def test_gate_weights_base_takes_them_by_rank_or_is_refused_with_the_reason(fami
         return
     model = perft(family, "routed", gate_weights="base", num_experts_per_tok=1)
     layer, seen = layers_of(model)[-1], {}
-    layer.units = lambda name: SimpleNamespace(
-        routed=lambda x, weights, indices: seen.update(weights=weights) or torch.zeros_like(x)
+    adapter = layer.adapter("default")
+    units = SimpleNamespace(
+        config=adapter.config, routed=lambda x, weights, indices: seen.update(weights=weights) or torch.zeros_like(x)
     )
+    layer.adapter = lambda name: adapter._replace(units=units)
     if family in AT_BLOCK:
         layer.block.router.register_forward_hook(lambda m, args, out: seen.update(logits=logits_of(out)))
     else:
