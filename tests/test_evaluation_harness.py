@@ -15,9 +15,9 @@ from lm_eval.tasks import TaskManager
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.cli.cli_helpers import save_base_model
+from tests.cli.cli_helpers import fill_vocabulary, save_base_model
 from tests.tiny_adapters import families, trained
-from tests.tiny_models import VOCAB_SIZE, tiny_model
+from tests.tiny_models import tiny_model
 from tests.tt_lora_moe.pools import save_experts
 
 # contexts and continuations of unlike lengths, of one token, too; some pairs have a length in common
@@ -35,12 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lm_eval")
     for family in ("llama", "mixtral"):
         save_base_model(folder / family, family)
-        # lm_eval gives a base with an adapter as many embeddings as there are tokens
-        path = folder / family / "tokenizer.json"
-        tokenizer = json.loads(path.read_text())
-        vocabulary = tokenizer["model"]["vocab"]
-        vocabulary.update({f"<{i}>": i for i in range(VOCAB_SIZE) if i not in vocabulary.values()})
-        path.write_text(json.dumps(tokenizer))
+        fill_vocabulary(folder / family)
     rows = [{"question": question, "choices": choices, "label": 0} for question, choices in QUESTIONS.items()]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (folder / "tiny.yaml").write_text(f"""

@@ -23,14 +23,19 @@ def process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_module_runs_as_with_python_m_and_its_children_know_the_methods_too(tmp_path):
-    """Its arguments, exit code, `__main__` and multiprocessing; a child without PEFT imports nothing of it."""
-    (tmp_path / "package").mkdir()
+    """Its arguments, exit code, `__main__`, multiprocessing and sitecustomize; what has no PEFT pays nothing."""
+    for folder in ("package", "theirs"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "theirs" / "sitecustomize.py").write_text("import sys; sys.theirs = True")
     (tmp_path / "package" / "__init__.py").touch()
     (tmp_path / "package" / "program.py").write_text("""
-import multiprocessing, subprocess, sys
+import importlib.util, multiprocessing, subprocess, sys
 
 def known():
+    assert sys.theirs
+    assert importlib.util.find_spec("peft").name == "peft"  # whether it is there, as transformers asks
     import peft
+    assert not [finder for finder in sys.meta_path if type(finder).__module__ == "<run_path>"]
     return "PERFT" in peft.PeftType.__members__
 
 if __name__ == "__main__":
@@ -44,7 +49,7 @@ if __name__ == "__main__":
     done = subprocess.run(
         [sys.executable, "-m", "axolotl_moe_peft", "run", "-m", "package.program", "--help", "-m", "x"],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path / "theirs"), str(ROOT)])},
         capture_output=True,
         text=True,
         timeout=300,
@@ -54,23 +59,11 @@ if __name__ == "__main__":
     assert "Traceback" not in done.stderr and "sitecustomize" not in done.stderr
 
 
-def test_a_child_runs_the_sitecustomize_of_its_environment_and_asks_for_peft_as_ever(tmp_path, process):
-    (tmp_path / "sitecustomize.py").write_text("import sys; sys.theirs = True")
-    script = """
-import importlib.util, sys
-assert sys.theirs and "peft" not in sys.modules
-assert importlib.util.find_spec("peft").name == "peft"  # whether it is there, as transformers asks
-import peft
-assert "PERFT" in peft.PeftType.__members__
-assert not [finder for finder in sys.meta_path if type(finder).__module__ == "<run_path>"]
-"""
-    register_in_children()
-    register_in_children()
-    path = os.environ["PYTHONPATH"].split(os.pathsep)
-    assert len(path) == 2 and path[1] == str(ROOT)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([path[0], str(tmp_path), str(ROOT)])}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+def test_children_are_told_once(process):
+    for _ in range(2):
+        register_in_children()
+    first, *others = os.environ["PYTHONPATH"].split(os.pathsep)
+    assert Path(first, "sitecustomize.py").is_file() and others == [str(ROOT)]
 
 
 def test_an_installed_command_runs_by_its_name(process, capsys):

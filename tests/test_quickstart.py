@@ -1,4 +1,5 @@
 import json
+import shlex
 
 import peft
 import pytest
@@ -71,6 +72,18 @@ def test_another_work_dir_replaces_every_path_in_the_default_one(tmp_path):
     assert moved["tt_lora_moe"]["experts"][0] == {"name": "gsm8k", "path": str(tmp_path / "tt_lora_gsm8k")}
     assert moved["datasets"] == recipe["datasets"]
     assert recipes._in_work_dir(recipe, recipes.WORK_DIR)["base_model"] == str(recipes.WORK_DIR / "dense")
+
+
+def test_it_ends_with_a_command_that_the_host_takes_where_it_says(tmp_path, capsys):
+    for work_dir in (recipes.WORK_DIR, tmp_path):
+        recipes.show_what_is_next("perft.yaml", work_dir, work_dir / "adapter")
+        said = capsys.readouterr().out
+        program, command, recipe, _, folder, launcher = shlex.split(said.splitlines()[-2])
+        assert (program, command, launcher) == ("axolotl", "inference", "--launcher=python")
+        expected = recipes.RECIPES if work_dir == recipes.WORK_DIR else tmp_path
+        assert (recipes.ROOT / recipe).resolve() == expected.resolve() / "perft.yaml"
+        assert (recipes.ROOT / folder).resolve() == work_dir.resolve() / "adapter"
+        assert f"in {recipes.ROOT}" in said
 
 
 def test_the_loss_is_the_mean_over_all_supervised_tokens_and_the_choices_are_the_routers(tmp_path):

@@ -5,15 +5,20 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import shlex
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoModelForCausalLM
 
 from axolotl_moe_peft import PerftConfig, PTMoeConfig, TTLoraConfig, TTLoraMoeConfig
 from axolotl_moe_peft.shared.config import ModulesToSaveConfig
+from tests.cli.cli_helpers import fill_vocabulary, save_base_model
+from tests.tiny_adapters import trained
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = {"perft": PerftConfig, "tt_lora": TTLoraConfig, "tt_lora_moe": TTLoraMoeConfig, "pt_moe": PTMoeConfig}
@@ -59,6 +64,44 @@ def test_the_defaults_are_those_of_the_code(method: str) -> None:
         defaults = defaults * len(keys) if len(defaults) == 1 else defaults
         stated = dict(zip(keys, defaults, strict=True))
         assert stated in ({key: getattr(config, key) for key in keys}, {"experts": "required"})
+
+
+def test_the_lines_that_use_a_trained_adapter_work(tmp_path: Path) -> None:
+    """Those of Axolotl's commands are tested with these (tests/cli); inference waits for what is typed."""
+    section = (ROOT / "README.md").read_text().partition("## Use a trained adapter")[2].partition("\n## ")[0]
+    shell, python = (re.findall(r"^    (.+)$", part, re.M) for part in section.split("or in Python"))
+    folder = tmp_path / "outputs" / "olmoe-perft"
+    base = save_base_model(tmp_path / "base", "olmoe")
+    fill_vocabulary(base)
+    trained("perft", AutoModelForCausalLM.from_pretrained(base), []).save_pretrained(folder)
+    (tmp_path / "task.yaml").write_text("""
+task: task
+dataset_path: json
+dataset_kwargs: {data_files: {test: rows.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: ["yes", "no"]
+doc_to_target: label
+""")
+    (tmp_path / "rows.jsonl").write_text('{"question": "1 or 2?", "label": 0}\n')
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    run = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "timeout": 300}
+    script = ["import axolotl_moe_peft, peft, transformers", *python]
+    assert len(script) == 4
+    done = subprocess.run([sys.executable, "-c", "\n".join(script)], **run)
+    assert done.returncode == 0, done.stderr
+    commands = "\n".join(shell).replace("\\\n", "").splitlines()
+    of_axolotl = [command.split()[1] for command in commands if command.startswith("axolotl ")]
+    assert of_axolotl == ["inference", "evaluate", "merge-lora"]
+    if not find_spec("lm_eval"):  # which Axolotl brings
+        return
+    (command,) = commands[len(of_axolotl) :]
+    command = command.replace("allenai/OLMoE-1B-7B-0924", "base").replace("gsm8k", "task")
+    program, *arguments = shlex.split(command)
+    assert program == "python"
+    done = subprocess.run([sys.executable, *arguments, "--device", "cpu", "--include_path", "."], **run)
+    assert done.returncode == 0 and re.search(r"acc\s*\|", done.stdout), done.stderr
 
 
 def test_every_link_leads_somewhere() -> None:

@@ -10,7 +10,7 @@ from transformers import TextStreamer
 from .console import Steps, fail
 from .heldout import read_heldout
 from .models import load, load_tokenizer, moe_model
-from .recipes import read_heldout_losses, train
+from .recipes import read_heldout_losses, show_what_is_next, train
 
 
 def run(work_dir: Path) -> None:
@@ -22,7 +22,7 @@ def run(work_dir: Path) -> None:
     print(f"  before training {before:.4f}\n  after training  {after:.4f}")
     step("One held-out question, answered by the trained adapter")
     show_answer(model_dir, adapter_dir)
-    print(f"\nThe adapter: {adapter_dir}")
+    show_what_is_next("perft.yaml", work_dir, adapter_dir)
     if after >= before:
         fail("the held-out loss did not fall")
 

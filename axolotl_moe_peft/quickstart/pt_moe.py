@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from .console import Steps, fail
 from .heldout import evaluate, read_heldout, tokenize
 from .models import dense_model, load, load_tokenizer
-from .recipes import train
+from .recipes import show_what_is_next, train
 
 # the ablation of the paper, under its names
 SETTINGS = {"PT": "pt.yaml", "DPT": "dpt.yaml", "SMoP": "smop.yaml", "PT-MoE": "pt_moe.yaml"}
@@ -30,6 +30,6 @@ def run(work_dir: Path) -> None:
         after[setting], _ = evaluate(PeftModel.from_pretrained(load(model_dir), folder).eval(), rows)
         parameters = sum(tensor.numel() for tensor in load_file(folder / "adapter_model.safetensors").values())
         print(f"  {setting:10}{parameters:12,}{before:10.4f}{after[setting]:10.4f}", flush=True)
-    print(f"\nThe adapter of PT-MoE: {adapter_dirs['PT-MoE']}")
+    show_what_is_next("pt_moe.yaml", work_dir, adapter_dirs["PT-MoE"])
     if not after["PT-MoE"] < before:
         fail("PT-MoE did not lower the held-out loss")

@@ -60,6 +60,15 @@ def train(name: str, work_dir: Path, step: Steps) -> Path:
     return adapter_dir
 
 
+def show_what_is_next(name: str, work_dir: Path, adapter_dir: Path) -> None:
+    """Print where the adapter of a recipe is, and the command that asks it."""
+    recipe = RECIPES / name if work_dir == WORK_DIR else work_dir / name
+    options = ["--lora-model-dir", os.path.relpath(adapter_dir, ROOT), "--launcher=python"]
+    command = shlex.join(["axolotl", "inference", os.path.relpath(recipe, ROOT), *options])
+    print(f"\nThe adapter: {adapter_dir}")
+    print(f"Next, in {ROOT}, ask it something (Ctrl-D ends the question):\n\n    {command}\n", flush=True)
+
+
 def _in_work_dir(value: Any, work_dir: Path) -> Any:
     """The recipe with its paths in `quickstart-output` where they are."""
     if isinstance(value, dict):

@@ -11,7 +11,7 @@ from peft import PeftModel
 from .console import Steps, fail
 from .heldout import evaluate, read_heldout, tokenize
 from .models import dense_model, load, load_tokenizer
-from .recipes import train
+from .recipes import show_what_is_next, train
 
 TASKS = ("gsm8k", "boolq", "openbookqa")  # the pool's experts, in the order of tt_lora_moe.yaml
 LEAST_ACCURACY = 0.97
@@ -39,7 +39,7 @@ def run(work_dir: Path) -> None:
     for task, r in measure(model_dir, expert_dirs, pool_dir):
         results[task] = r
         print(f"  {task:12}{r.base:10.4f}{r.expert:12.4f}{r.routed:10.4f}{r.accuracy:18.1%}", flush=True)
-    print(f"\nThe pool: {pool_dir}")
+    show_what_is_next("tt_lora_moe.yaml", work_dir, pool_dir)
     for task, r in results.items():
         if not r.expert < r.base:
             fail(f"{task}: its expert did not lower the held-out loss")

@@ -172,6 +172,15 @@ def save_tokenizer(folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
+def fill_vocabulary(folder: Path) -> None:
+    """Give a saved tokenizer as many tokens as its model has embeddings; lm_eval makes it so beside an adapter."""
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary.update({f"<{i}>": i for i in range(VOCAB_SIZE) if i not in vocabulary.values()})
+    path.write_text(json.dumps(tokenizer))
+
+
 def write_rows(path: Path, pairs: Iterable[tuple[str, str]]) -> Path:
     """A chat dataset of (question, answer)."""
     with path.open("w") as file:
