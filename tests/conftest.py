@@ -22,7 +22,7 @@ if find_spec("triton") and not torch.cuda.is_available():
 # these run Axolotl; everything else needs the methods alone
 collect_ignore = [] if find_spec("axolotl") else ["cli", "host", "recipes"]
 # and these vLLM, which needs other versions than Axolotl does
-collect_ignore_glob = [] if find_spec("vllm") else ["serving/test_vllm_*.py"]
+collect_ignore_glob = [] if find_spec("vllm") else ["serving/test_vllm_*.py", "serving/test_*_server.py"]
 if not find_spec("lm_eval"):  # which Axolotl brings
     collect_ignore.append("test_evaluation_harness.py")
 

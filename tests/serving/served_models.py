@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
-from transformers import PreTrainedModel
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from tests.moe_families import tiny_family_model
 from tests.tiny_adapters import randomised
-from tests.tiny_models import VOCAB_SIZE
+from tests.tiny_models import BOS, EOS, PAD, VOCAB_SIZE
 
 SIZES = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 64}
 NEW_TOKENS, LONGEST = 8, 90
@@ -42,14 +43,14 @@ def prompts(count: int = 32, seed: int = 3) -> list[list[int]]:
 
 
 def save_base(family: str, folder: Path, **sizes: Any) -> PreTrainedModel:
-    """A tiny model of an MoE family, saved; its weights are large enough for greedy tokens that differ."""
+    """A tiny model of an MoE family, saved and loaded; its weights are large enough for greedy tokens that differ."""
     model = tiny_family_model(family, **sizes)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(3)
     model.save_pretrained(folder)
-    return model
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def save_adapter(base: PreTrainedModel, config: PeftConfig, folder: Path, seed: int = 1) -> PeftModel:
@@ -68,3 +69,20 @@ def generated(model: torch.nn.Module, of: list[list[int]], new_tokens: int = NEW
         whole = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **greedy)
         answers.append(whole[0, len(prompt) :].tolist())
     return answers
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A token for each printable character, and one for every other id, with a chat template."""
+    special = {PAD: "<pad>", EOS: "<eos>", BOS: "<bos>", 3: "<|user|>", 4: "<|assistant|>", 5: "<unk>"}
+    vocabulary = {i: chr(i) if 32 <= i < 127 else chr(0x100 + i) for i in range(VOCAB_SIZE)} | special
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in vocabulary.items()}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    names = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    fast.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>"]})
+    fast.chat_template = (
+        "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    fast.save_pretrained(folder)

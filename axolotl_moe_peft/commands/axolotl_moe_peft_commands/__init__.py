@@ -40,3 +40,26 @@ def moe_memory(config: str) -> None:
     except ValueError as error:
         raise click.ClickException(str(error)) from error
     click.echo(text)
+
+
+@click.command(
+    "moe-serve",
+    short_help="serve an adapter behind an OpenAI-compatible API",
+    context_settings={"ignore_unknown_options": True},
+)
+@click.argument("adapter")
+@click.option("--base", help="Folder or hub id of the base model.  [default: what the adapter names]")
+@click.option("--engine", type=click.Choice(["vllm", "transformers"]), help="[default: vllm where it is installed]")
+@click.option("--port", default=8000, show_default=True)
+@click.argument("engine_options", nargs=-1, type=click.UNPROCESSED)
+def moe_serve(adapter: str, base: str | None, engine: str | None, port: int, engine_options: tuple[str, ...]) -> None:
+    """Serve the adapter in the folder, or of the hub id, ADAPTER by the engine's own HTTP server.
+
+    ENGINE_OPTIONS are handed on to `vllm serve` or `transformers serve`, such as --max-model-len 4096.
+    """
+    from axolotl_moe_peft.serving.start import serve
+
+    try:
+        serve(adapter, base, engine, port, list(engine_options))
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
