@@ -6,7 +6,11 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from accelerate import init_empty_weights
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from ..perft import PerftConfig
+from ..perft.selection import find_moe_blocks
 from ..pt_moe import PTMoeConfig
 from ..tt_lora import TTLoraConfig
 from ..tt_lora.export import export_to_lora
@@ -38,7 +42,12 @@ def serve_by_vllm(served: Served, options: list[str]) -> None:
 
 
 def _perft_by_vllm(served: Served, common: list[str]) -> None:
-    overrides = {"architectures": ["PerftForCausalLM"], "perft_adapter": str(served.folder)}
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(served.base, revision=served.config.revision)
+        )
+    architecture = "PerftForCausalLM" if find_moe_blocks(model) else "PerftDenseForCausalLM"
+    overrides = {"architectures": [architecture], "perft_adapter": str(served.folder)}
     serve([*common, "--served-model-name", served.name, "--hf-overrides", json.dumps(overrides)])
 
 

@@ -1,9 +1,10 @@
-"""PerftForCausalLM: a base model in vLLM with a PERFT adapter in its MoE blocks.
+"""PerftForCausalLM: a base model in vLLM with a PERFT adapter in its MoE blocks, or beside its MLPs.
 
     vllm serve BASE --hf-overrides '{"architectures": ["PerftForCausalLM"], "perft_adapter": "ADAPTER"}'
 
-or `LLM(BASE, hf_overrides={...})`. vLLM's Transformers backend makes the base: transformers' modules, of which it
-replaces attention, experts and linear layers by its own. Blocks keep their names, by which weights find them.
+or `LLM(BASE, hf_overrides={...})`; of a dense base it is PerftDenseForCausalLM. vLLM's Transformers backend makes the
+base: transformers' modules, of which it replaces attention, experts and linear layers by its own. Blocks keep their
+names, by which weights find them.
 
 Shape suffixes: T tokens, D model width, N units, R rank.
 """
@@ -20,23 +21,24 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.models.transformers import TransformersMoEForCausalLM
+from vllm.model_executor.models.transformers import TransformersForCausalLM, TransformersMoEForCausalLM
+from vllm.model_executor.models.transformers.base import Base
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from ..perft import PerftConfig
-from ..perft.block import MoeBlock
+from ..perft.block import FeedForward, MoeBlock
 from ..perft.moe_families import BaseRouting
-from ..perft.selection import find_moe_blocks
+from ..perft.selection import find_dense_mlps, find_moe_blocks
 from ..perft.units import Units
 from ..perft.variants import VARIANTS, BlockAdapter
 from ..shared.config import enumerate_names
 
-ARCHITECTURE, ADAPTER_KEY = "PerftForCausalLM", "perft_adapter"
+ADAPTER_KEY = "perft_adapter"
 _TENSORS = ("perft_down", "perft_up", "perft_router")
 
 
-class PerftForCausalLM(TransformersMoEForCausalLM):
-    """A causal language model of transformers with MoE blocks, and the adapter that its configuration names.
+class _WithPerft(Base):
+    """A causal language model of transformers, and the adapter that its configuration names.
 
     Raises:
         ValueError: the adapter cannot be read or does not fit the base model, or it does not go with what vLLM was
@@ -73,7 +75,10 @@ class PerftForCausalLM(TransformersMoEForCausalLM):
 
     def _adapters(self, config: PerftConfig, tensors: dict[str, Tensor]) -> list[ServedAdapter]:
         prefix = f"base_model.model.{self.model.base_model_prefix}."  # vLLM has the model without its head
-        blocks = {f"{prefix}{block.name}": block for block in find_moe_blocks(self.model)}
+        found: list[FeedForward] = [*find_moe_blocks(self.model)]
+        if config.target_modules is not None:  # dense MLPs were asked for, or nothing has an adapter beside them
+            found += find_dense_mlps(self.model)
+        blocks = {f"{prefix}{block.name}": block for block in found}
         by_block: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             name, _, part = key.rpartition(".")
@@ -99,6 +104,14 @@ class PerftForCausalLM(TransformersMoEForCausalLM):
         return adapters
 
 
+class PerftForCausalLM(_WithPerft, TransformersMoEForCausalLM):
+    """A base model with MoE blocks, and a PERFT adapter beside them or beside its dense MLPs."""
+
+
+class PerftDenseForCausalLM(_WithPerft, TransformersForCausalLM):
+    """A dense base model, and a PERFT adapter beside its MLPs."""
+
+
 class ServedAdapter(nn.Module):
     """An adapter in one block, for inference.
 
@@ -112,7 +125,9 @@ class ServedAdapter(nn.Module):
         ValueError: the tensors do not fit the block, or the block does not go with the variant.
     """
 
-    def __init__(self, config: PerftConfig, block: MoeBlock, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: PerftConfig, block: FeedForward, tensors: dict[str, Tensor], dtype: torch.dtype
+    ) -> None:
         super().__init__()
         self.config, self.block = config, block
         asked = config.norm_topk_prob
@@ -123,6 +138,8 @@ class ServedAdapter(nn.Module):
         width = tensors["perft_down"].shape[-1]
         if config.variant != "embedded" and width != block.hidden_size:
             raise ValueError(f"perft_adapter: it is for a width of {width}; {block.name} has {block.hidden_size}.")
+        if config.variant == "embedded" and not isinstance(block, MoeBlock):
+            raise ValueError(f"perft_adapter: variant embedded needs experts, which {block.name} does not have.")
         if config.variant == "embedded" and (block.family.routing or block.family.num_experts):
             raise ValueError(
                 f"perft_adapter: variant embedded cannot be served by vLLM in {type(block.module).__name__} "
@@ -169,8 +186,8 @@ def read_adapter(folder: str | None) -> tuple[PerftConfig, dict[str, Tensor]]:
     """
     if folder is None:
         raise ValueError(
-            f"{ARCHITECTURE} needs an adapter: --hf-overrides "
-            f"""'{{"architectures": ["{ARCHITECTURE}"], "{ADAPTER_KEY}": "folder or hub id"}}'."""
+            f"PerftForCausalLM and PerftDenseForCausalLM need an adapter: --hf-overrides "
+            f"""'{{"architectures": ["PerftForCausalLM"], "{ADAPTER_KEY}": "folder or hub id"}}'."""
         )
     config = PeftConfig.from_pretrained(folder)
     if not isinstance(config, PerftConfig):
@@ -193,7 +210,7 @@ def _check_engine(vllm_config: VllmConfig) -> None:
     }
     for what, is_asked in asked.items():
         if is_asked:
-            raise ValueError(f"{ARCHITECTURE}: a PERFT adapter is not served with {what}. Leave that option out.")
+            raise ValueError(f"a PERFT adapter is not served with {what}. Leave that option out.")
 
 
 # What an adapter adds is an operation of its own, which torch.compile takes as it is: on a CPU it loops over experts.

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from tests.moe_families import tiny_family_model
 from tests.tiny_adapters import randomised
-from tests.tiny_models import BOS, EOS, PAD, VOCAB_SIZE
+from tests.tiny_models import BOS, EOS, PAD, VOCAB_SIZE, tiny_model
 
 SIZES = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 64}
 NEW_TOKENS, LONGEST = 8, 90
@@ -43,8 +43,17 @@ def prompts(count: int = 32, seed: int = 3) -> list[list[int]]:
 
 
 def save_base(family: str, folder: Path, **sizes: Any) -> PreTrainedModel:
-    """A tiny model of an MoE family, saved and loaded; its weights are large enough for greedy tokens that differ."""
-    model = tiny_family_model(family, **sizes)
+    """A tiny model, saved and loaded, with weights that are large enough for greedy tokens that differ.
+
+    Args:
+        family: of MoE models, or llama.
+        folder: where it is saved.
+        sizes: of its configuration.
+    """
+    if family == "llama":
+        model = tiny_model(family, hidden_size=sizes["hidden_size"])
+    else:
+        model = tiny_family_model(family, **sizes)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

@@ -13,10 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from axolotl_moe_peft import PTMoeConfig, TTLoraConfig, TTLoraMoeConfig
 from axolotl_moe_peft.serving.start import serve
-from tests.serving.served_models import NEW_TOKENS, generated, prompts, save_adapter, save_tokenizer
+from tests.serving.served_models import NEW_TOKENS, SIZES, generated, prompts, save_adapter, save_base, save_tokenizer
 from tests.serving.servers import Server, serving
 from tests.serving.test_vllm_server import OPTIONS
-from tests.tiny_models import tiny_model
 
 pytestmark = pytest.mark.serve
 
@@ -25,14 +24,9 @@ EXPERTS = {"gsm8k": {"rank": 2, "alpha": 40}, "boolq": {"rank": 5, "alpha": 16},
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base and three adapters beside it: a tt_lora, a pool of such, and a pt_moe."""
+    """A base; adapters are saved beside it."""
     folder = tmp_path_factory.mktemp("methods")
-    model = tiny_model("llama", hidden_size=128)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(4)
-    model.save_pretrained(folder / "base")
+    save_base("llama", folder / "base", **SIZES)
     save_tokenizer(folder / "base")
     return folder
 

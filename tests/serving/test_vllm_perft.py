@@ -38,9 +38,18 @@ class Case:
     sizes: dict[str, Any]
     options: dict[str, Any]
 
+    @property
+    def architecture(self) -> str:
+        return "PerftDenseForCausalLM" if self.family == "llama" else "PerftForCausalLM"
 
-def case(family: str, variant: str, options: dict[str, Any] = _NO_GRAPH, **sizes: Any) -> Case:
-    keys = {"variant": variant} | {"routed": _ROUTED, "dense": {"num_experts": 2}}.get(variant, {})
+
+def case(
+    family: str, variant: str, options: dict[str, Any] = _NO_GRAPH, target_modules: str | None = None, **sizes: Any
+) -> Case:
+    keys = {"variant": variant, "target_modules": target_modules} | {
+        "routed": _ROUTED,
+        "dense": {"num_experts": 2},
+    }.get(variant, {})
     return Case(family, keys, SIZES | sizes, options)
 
 
@@ -63,6 +72,7 @@ CASES = {
     "granitemoe routed": case("granitemoe", "routed"),
     "mixtral dense": case("mixtral", "dense"),
     "mixtral single": case("mixtral", "single"),
+    "llama routed": case("llama", "routed", target_modules="mlp"),
     # last: after it vLLM cannot make another engine in this process
     "mixtral routed, n-gram speculation": case(
         "mixtral",
@@ -88,8 +98,10 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, l
     return found
 
 
-def engine(folder: Path, options: dict[str, Any], adapter: Path | str | None = None) -> LLM:
-    overrides = {"architectures": ["PerftForCausalLM"], "perft_adapter": str(adapter or folder / "adapter")}
+def engine(
+    folder: Path, options: dict[str, Any], adapter: Path | str | None = None, architecture: str = "PerftForCausalLM"
+) -> LLM:
+    overrides = {"architectures": [architecture], "perft_adapter": str(adapter or folder / "adapter")}
     return LLM(str(folder / "base"), hf_overrides=overrides, **(ENGINE | options))
 
 
@@ -103,7 +115,7 @@ def answered(llm: LLM) -> list[list[int]]:
 
 def test_a_base_that_names_no_adapter_is_refused(answers: dict) -> None:
     folder, _ = answers["olmoe routed"]
-    with pytest.raises(ValueError, match="PerftForCausalLM needs an adapter: --hf-overrides"):
+    with pytest.raises(ValueError, match="need an adapter: --hf-overrides"):
         LLM(str(folder / "base"), hf_overrides={"architectures": ["PerftForCausalLM"]}, **ENGINE)
 
 
@@ -146,4 +158,4 @@ def test_weights_that_sum_to_one_where_the_base_has_others_give_other_tokens(ans
 def test_the_tokens_are_those_of_generate(name: str, answers: dict) -> None:
     folder, expected = answers[name]
     assert len({tuple(tokens) for tokens in expected}) > len(expected) // 2
-    assert answered(engine(folder, CASES[name].options)) == expected
+    assert answered(engine(folder, CASES[name].options, architecture=CASES[name].architecture)) == expected

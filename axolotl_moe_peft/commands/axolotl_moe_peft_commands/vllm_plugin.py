@@ -2,7 +2,8 @@
 
 
 def register() -> None:
-    """Tell vLLM of the architecture; its module is imported where a model has it."""
+    """Tell vLLM of the architectures; their module is imported where a model has one of them."""
     from vllm import ModelRegistry
 
-    ModelRegistry.register_model("PerftForCausalLM", "axolotl_moe_peft.serving.vllm_perft:PerftForCausalLM")
+    for architecture in ("PerftForCausalLM", "PerftDenseForCausalLM"):
+        ModelRegistry.register_model(architecture, f"axolotl_moe_peft.serving.vllm_perft:{architecture}")
