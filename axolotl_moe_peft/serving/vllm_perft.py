@@ -201,9 +201,11 @@ def read_adapter(folder: str | None) -> tuple[PerftConfig, dict[str, Tensor]]:
 
 
 def _check_engine(vllm_config: VllmConfig) -> None:
-    speculation = vllm_config.speculative_config
+    parallel, speculation = vllm_config.parallel_config, vllm_config.speculative_config
     asked = {
-        "tensor, pipeline or data parallelism": vllm_config.parallel_config.world_size_across_dp > 1,
+        "pipeline, data or expert parallelism": parallel.pipeline_parallel_size > 1
+        or parallel.data_parallel_size > 1
+        or parallel.enable_expert_parallel,
         "a quantised base model": vllm_config.quant_config is not None,
         "speculative decoding but by n-grams": speculation is not None and speculation.method != "ngram",
         "LoRA beside it": vllm_config.lora_config is not None,

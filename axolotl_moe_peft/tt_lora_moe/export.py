@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from .config import TTLoraMoeConfig
-from .experts import load_experts
+from .experts import load_expert
+from .layer import NO_CORES
 
 
 def export_experts(adapter: str | Path, out_folder: str | Path, base: str | None = None) -> dict[str, Path]:
@@ -36,26 +37,28 @@ def export_experts(adapter: str | Path, out_folder: str | Path, base: str | None
         base_config = AutoConfig.from_pretrained(base or config.base_model_name_or_path, revision=config.revision)
         model = AutoModelForCausalLM.from_config(base_config)
     tensors = load_peft_weights(str(adapter), device="cpu")
-    experts = load_experts(config.experts, model)
+    experts = [load_expert(entry, model) for entry in config.experts]
     loras: list[dict] = [{} for _ in experts]
-    for name in experts[0].shapes:
-        shapes = [expert.shapes[name] for expert in experts]
+    for name in {name: None for expert in experts for name in expert.shapes}:
+        shapes = [expert.shapes.get(name, NO_CORES) for expert in experts]
         cores = tensors.get(f"base_model.model.{name}.ttmoe_cores")
         sizes = [shape.num_parameters for shape in shapes]
         if cores is None or len(cores) != sum(sizes):
             raise ValueError(f"the cores of {name} are missing in {str(adapter)!r}, or not all there.")
         for lora, shape, part in zip(loras, shapes, cores.float().split(sizes)):
+            if shape is NO_CORES:
+                continue
             down_RI, up_RO = shape.matrices(part)
             lora[f"base_model.model.{name}.lora_A.weight"] = down_RI.contiguous()
             lora[f"base_model.model.{name}.lora_B.weight"] = up_RO.t().contiguous()
     folders = {}
-    for entry, lora in zip(config.experts, loras):
+    for entry, expert, lora in zip(config.experts, experts, loras):
         folder = folders[entry["name"]] = Path(out_folder) / entry["name"]
         folder.mkdir(parents=True)
         LoraConfig(
             r=entry["rank"],
             lora_alpha=entry["rank"],
-            target_modules=list(experts[0].shapes),
+            target_modules=list(expert.shapes),
             fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
             task_type=config.task_type,
             base_model_name_or_path=config.base_model_name_or_path,

@@ -43,7 +43,11 @@ def test_a_pool_chooses_alone_as_in_its_model(router: str, tmp_path: Path) -> No
 
 
 def test_an_expert_as_a_lora_computes_the_same(tmp_path: Path) -> None:
-    save_pool(tmp_path, "embedding_linear")
+    """One that adapts other layers than the others among them."""
+    entries = save_experts(tmp_path, names=["gsm8k", "boolq"]) + save_experts(
+        tmp_path, names=["rte"], target_modules=["k_proj"], factors="auto"
+    )
+    pool_of(entries, base=save_base(tmp_path / "base", "llama")).save_pretrained(tmp_path / "pool")
     folders = export_experts(tmp_path / "pool", tmp_path / "loras")
     ids = torch.tensor([prompts()[1]])
     for name, folder in folders.items():

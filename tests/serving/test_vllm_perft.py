@@ -136,6 +136,7 @@ def test_an_adapter_of_another_base_is_refused(answers: dict) -> None:
     [
         ({"quantization": "experts_int8", "dtype": "bfloat16"}, "a quantised base model"),
         ({"enable_lora": True}, "LoRA beside it"),
+        ({"enable_expert_parallel": True}, "pipeline, data or expert parallelism"),
     ],
 )
 def test_what_does_not_go_with_it_is_refused(options: dict[str, Any], refused: str, answers: dict) -> None:

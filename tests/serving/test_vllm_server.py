@@ -39,10 +39,13 @@ def perft(tmp_path_factory: pytest.TempPathFactory) -> PeftModel:
     return save_adapter(base, config, folder / "my-adapter")
 
 
+def folder_of(model: PeftModel) -> Path:
+    return Path(model.get_base_model().name_or_path).parent / "my-adapter"
+
+
 @pytest.fixture(scope="module")
 def perft_server(perft: PeftModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    adapter = Path(perft.get_base_model().name_or_path).parent / "my-adapter"
-    with serving(adapter, *OPTIONS, work=tmp_path_factory.mktemp("perft-server")) as server:
+    with serving(folder_of(perft), *OPTIONS, work=tmp_path_factory.mktemp("perft-server")) as server:
         yield server
 
 
@@ -91,3 +94,9 @@ def test_stopped_in_the_middle_of_an_answer_it_ends_and_leaves_nothing_behind(pe
         parts = list(stream)
         assert len(parts) == 200
     assert not list(perft_server.scratch.glob("moe-serve-*"))
+
+
+def test_two_processes_that_share_the_base_model(perft: PeftModel, tmp_path: Path) -> None:
+    with serving(folder_of(perft), *OPTIONS, "--tensor-parallel-size", "2", work=tmp_path) as server:
+        few = prompts()[:4]
+        assert server.completions("my-adapter", few, NEW_TOKENS) == generated(perft, few)
