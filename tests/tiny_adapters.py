@@ -35,6 +35,12 @@ BLOCKS: dict[str, tuple[str, dict[str, Any]]] = {
         {"target_modules": "mlp", "num_experts": N, "num_experts_per_tok": K, "rank": RANK, "alpha": ALPHA}
         | {"router_aux_loss_coef": AUX, "router_z_loss_coef": Z},
     ),
+    "perft and attention": (
+        "perft",
+        {"target_modules": "mlp", "num_experts": N, "num_experts_per_tok": K, "rank": RANK, "alpha": ALPHA}
+        | {"linear_target_modules": ["q_proj", "v_proj"], "linear_rank": 3, "linear_alpha": 5}
+        | {"router_aux_loss_coef": AUX, "router_z_loss_coef": Z},
+    ),
     "tt_lora": ("tt_lora", TT_LORA),
     "tt_lora all-linear": ("tt_lora", {"rank": 2, "alpha": ALPHA, "target_modules": "all-linear", "num_cores": 6}),
     "tt_lora Conv1D": ("tt_lora", {"rank": 3, "alpha": ALPHA, "target_modules": ["c_attn", "c_proj"]}),
@@ -59,6 +65,7 @@ _FAMILIES = {
     "perft": ("mixtral", "olmoe", "qwen3_moe"),
     "pt_moe": ("llama", "mixtral", "gpt2"),
     "perft beside MLPs": ("llama", "gpt2"),
+    "perft and attention": ("llama",),
     "tt_lora Conv1D": ("gpt2",),
 }
 # routers of whole sequences, of features that are small in a random model

@@ -89,8 +89,8 @@ HOST_KEYS: tuple[HostKey, ...] = (
     HostKey("lora_r", own=("rank",)),
     HostKey("lora_alpha", own=("alpha",)),
     HostKey("lora_dropout", own=("dropout",)),
-    HostKey("lora_target_modules", own=("target_modules",)),
-    HostKey("lora_target_linear", own=("target_modules",)),
+    HostKey("lora_target_modules", own=("linear_target_modules", "target_modules")),
+    HostKey("lora_target_linear", own=("linear_target_modules", "target_modules")),
     # a regular expression chooses layers, too
     HostKey("peft_layers_to_transform", own=("layers_to_transform", "target_modules")),
     *(

@@ -24,6 +24,12 @@ class ExpertsCall(NamedTuple):
     routing: BaseRouting
 
 
+def layer_index(name: str) -> int | None:
+    """The first number in the name of a module, i.e. its decoder layer."""
+    number = re.search(r"(?:^|\.)(\d+)\.", name)
+    return int(number[1]) if number else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class FeedForward:
     """A feed-forward part of a layer, which adapters can go beside.
@@ -43,8 +49,7 @@ class FeedForward:
     @property
     def layer_index(self) -> int | None:
         """The first number in the name, i.e. the decoder layer."""
-        number = re.search(r"(?:^|\.)(\d+)\.", self.name)
-        return int(number[1]) if number else None
+        return layer_index(self.name)
 
     @property
     def parent_name(self) -> str:

@@ -99,6 +99,18 @@ class PerftConfig(ModulesToSaveConfig):
         default=None, metadata={"help": "Indices of the decoder layers that are adapted. null: all."}
     )
 
+    linear_target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Linear layers outside the blocks, such as attention's, that get a plain low-rank update, in the "
+            "same decoder layers: names or suffixes of names, one regular expression, or all-linear. null: none."
+        },
+    )
+    linear_rank: int = field(default=16, metadata={"help": "Rank of those updates."})
+    linear_alpha: float = field(
+        default=32, metadata={"help": "Their scale is linear_alpha / linear_rank; dropout is that of the adapter."}
+    )
+
     training_fields: ClassVar[tuple[str, ...]] = (
         "dropout",
         "init",
@@ -124,7 +136,10 @@ class PerftConfig(ModulesToSaveConfig):
             "router_aux_loss_coef": ("variant", "routed"),
             "router_z_loss_coef": ("variant", "routed"),
         }
-        return {name: need for name, need in needs.items() if getattr(self, need[0]) != need[1]}
+        idle = {name: need for name, need in needs.items() if getattr(self, need[0]) != need[1]}
+        if not self.linear_target_modules:
+            idle |= dict.fromkeys(("linear_rank", "linear_alpha"), ("linear_target_modules", "[q_proj, v_proj]"))
+        return idle
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -137,6 +152,11 @@ class PerftConfig(ModulesToSaveConfig):
         self._resolve_expert_counts()
         self._check_ranges()
         check_target_modules("perft.target_modules", self.target_modules)
+        check_target_modules("perft.linear_target_modules", self.linear_target_modules)
+        if self.linear_target_modules is not None and not self.linear_target_modules:
+            raise ValueError(
+                f"perft.linear_target_modules: {self.linear_target_modules!r} names no layer; leave it out for none."
+            )
         self._check_goes_beside_dense_mlps()
         for name, neutral in (("norm_topk_prob", None), ("gate_weights", "own")):
             if self.variant != "routed" and getattr(self, name) != neutral:
@@ -183,10 +203,13 @@ class PerftConfig(ModulesToSaveConfig):
                 )
 
     def _check_ranges(self) -> None:
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise ValueError(f"perft.rank: {self.rank!r} is not allowed; it is an integer of at least 1.")
-        if not self.alpha > 0:
-            raise ValueError(f"perft.alpha: {self.alpha!r} is not allowed; it is a number above 0.")
+        for name in ("rank", "linear_rank"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"perft.{name}: {value!r} is not allowed; it is an integer of at least 1.")
+        for name in ("alpha", "linear_alpha"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"perft.{name}: {getattr(self, name)!r} is not allowed; it is a number above 0.")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"perft.dropout: {self.dropout!r} is not allowed; it is a number from 0 to below 1.")
         for name in ("router_aux_loss_coef", "router_z_loss_coef", "base_router_aux_loss_coef"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..shared.auxiliary import AuxiliaryLosses
@@ -13,8 +14,9 @@ from .base_losses import BaseLosses
 from .block import FeedForward
 from .config import PerftConfig
 from .layer import PerftLayer
+from .linear import PerftLinear
 from .probe import base_scores
-from .selection import find_moe_blocks, select_blocks
+from .selection import find_moe_blocks, select_blocks, select_linear_layers
 from .variants import VARIANTS
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ class PerftModel(Tuner):
     """
 
     prefix = "perft_"
-    tuner_layer_cls = PerftLayer
+    tuner_layer_cls = BaseTunerLayer  # blocks and linear layers
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # a call, not `.forward` as in BaseTuner: the auxiliary losses follow the model through its hooks
@@ -55,6 +57,7 @@ class PerftModel(Tuner):
             if peft_config.base_router_aux_loss_coef and not on_meta:
                 base_scores(block)
         self._blocks: dict[str, FeedForward] = {block.name: block for block in blocks}
+        self._linear_layers = select_linear_layers(model, peft_config, blocks)
         if not hasattr(self, "auxiliary"):  # now that nothing can be refused any more
             self.auxiliary = AuxiliaryLosses(model)
             self.statistics = self.auxiliary.statistics
@@ -67,7 +70,7 @@ class PerftModel(Tuner):
         self._base_losses.prepare_trainer(trainer, coefs)
 
     def _check_target_module_exists(self, peft_config: PerftConfig, key: str) -> bool:
-        return key in self._blocks
+        return key in self._blocks or key in self._linear_layers
 
     def _create_and_replace(
         self,
@@ -79,8 +82,14 @@ class PerftModel(Tuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        block = self._blocks[current_key]
         layer = target
+        if current_key in self._linear_layers:
+            if not isinstance(target, PerftLinear):
+                layer = PerftLinear(target)
+                self._replace_module(parent, target_name, layer, target)
+            layer.update_layer(adapter_name, peft_config)
+            return
+        block = self._blocks[current_key]
         if not isinstance(target, PerftLayer):
             layer = PerftLayer(block, self.auxiliary)
             self._replace_module(parent, target_name, layer, target)
@@ -98,9 +107,11 @@ class PerftModel(Tuner):
         return [block.name for block in find_moe_blocks(self.model) if block.name not in adapted]
 
     def parameter_rows(self, adapter_name: str = "default") -> list[ParameterRow]:
-        """What is trainable in the model, by part: the adapter's experts and routers, and anything else (nothing)."""
-        experts, routers, activated = [], [], 0
+        """What is trainable in the model, by part: the adapter's own parameters, and anything else (nothing)."""
+        experts, routers, linear, activated = [], [], [], 0
         for layer in self.model.modules():
+            if isinstance(layer, PerftLinear) and adapter_name in layer.perft_config:
+                linear += [layer.perft_linear_down[adapter_name], layer.perft_linear_up[adapter_name]]
             if isinstance(layer, PerftLayer) and adapter_name in layer.perft_down:
                 down_NRD, up_NDR = layer.perft_down[adapter_name], layer.perft_up[adapter_name]
                 experts += [down_NRD, up_NDR]
@@ -110,6 +121,7 @@ class PerftModel(Tuner):
         return [
             parameter_row("experts", experts, activated),
             parameter_row("router", routers),
+            *([parameter_row("linear", linear)] if linear else []),
             self.row_of_others(adapter_name),
         ]
 

@@ -1,4 +1,4 @@
-"""Choosing the MoE blocks and dense MLPs of a model that get an adapter."""
+"""Choosing the MoE blocks, dense MLPs and linear layers of a model that get an adapter."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import inspect
 import re
 from collections import Counter
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -14,8 +15,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..shared.linear import linear_shape
-from .block import DenseMlp, FeedForward, MoeBlock
-from .config import DENSE_MLPS
+from ..shared.targets import target_layers
+from .block import DenseMlp, FeedForward, MoeBlock, layer_index
+from .config import DENSE_MLPS, PerftConfig
 from .moe_families import family_of
 
 ROUTER_NAMES = ("gate", "router")
@@ -118,6 +120,45 @@ def select_blocks(
             f"there are such in layers {sorted(b.layer_index for b in chosen)}."
         )
     return [b for b in chosen if b.layer_index in layers]
+
+
+def select_linear_layers(model: nn.Module, config: PerftConfig, blocks: Sequence[FeedForward]) -> dict[str, nn.Module]:
+    """The linear layers that `linear_target_modules` and `layers_to_transform` choose, by name.
+
+    Args:
+        model: the base model.
+        config: of the adapter.
+        blocks: what `select_blocks` has chosen for it.
+
+    Raises:
+        ValueError: an entry matches nothing, or something in a block: the adapter goes beside blocks as a whole.
+    """
+    if config.linear_target_modules is None:
+        return {}
+    key, targets = "perft.linear_target_modules", config.linear_target_modules
+    saved = {"modules_to_save": config.modules_to_save, "is_saved": config.is_saved}
+    layers = target_layers(SimpleNamespace(target_modules=targets, **saved), model, key)
+    around = {
+        part: block.name
+        for block in (*find_moe_blocks(model), *blocks)
+        for whole in (block.module, getattr(block, "router", None))
+        for part in (whole.modules() if whole is not None else ())
+    }
+    outside = {name: layer for name, layer in layers.items() if layer not in around}
+    within = next((name for name in layers if name not in outside), None)
+    if within is not None and targets != "all-linear":
+        raise ValueError(
+            f"{key}: {targets!r} matches {within}, which is in {around[layers[within]]}: an adapter goes beside "
+            "that as a whole. Name layers outside the blocks, such as attention's."
+        )
+    if config.layers_to_transform is not None:
+        chosen = {block.layer_index for block in blocks}
+        outside = {name: layer for name, layer in outside.items() if layer_index(name) in (None, *chosen)}
+    if not outside:
+        raise ValueError(
+            f"{key}: {targets!r} matches no linear layer outside the blocks of the chosen decoder layers."
+        )
+    return outside
 
 
 def _no_moe_block(model: nn.Module, mlps: list[DenseMlp]) -> str:

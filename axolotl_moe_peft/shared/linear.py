@@ -15,6 +15,8 @@ from transformers.pytorch_utils import Conv1D
 from .dropout import Mask
 from .precision import without_autocast
 
+_WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, dropout: float = 0.0) -> Tensor:
     """F.linear of x (..., I) in the weight's dtype, behind dropout with this probability.
@@ -66,3 +68,12 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, Conv1D):
         return module.nx, module.nf
     return None
+
+
+def has_plain_weight(module: nn.Module) -> bool:
+    """Whether a linear layer's weight is a matrix of numbers in one piece, and not quantised, sharded or wrapped."""
+    shape = linear_shape(module)
+    if isinstance(module, nn.Linear):
+        shape = shape[::-1]
+    weight = module.weight
+    return type(weight.data) is Tensor and weight.dtype in _WEIGHT_DTYPES and weight.shape == shape

@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..shared.linear import linear, linear_shape
+from ..shared.linear import has_plain_weight, linear, linear_shape
 from ..shared.precision import compute_dtype, without_autocast
 from ..shared.tuner import TunerLayer, adapter_device
 from .config import TTLoraConfig
@@ -27,7 +27,6 @@ from .factors import Factors
 # less than a tenth. Both matrices are kept as (R, ...): as (..., R) their gradients took a CPU twice the time at 5.
 RANK_MULTIPLE = 16
 _NORM_EPS = 1e-6  # the authors'
-_WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 # of the running call of `generate`, by layer, adapter and dtype: no weight changes while it runs
@@ -213,15 +212,6 @@ class TTLoraLinear(nn.Module, TunerLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
-
-
-def has_plain_weight(module: nn.Module) -> bool:
-    """Whether a linear layer's weight is a matrix of numbers in one piece, and not quantised, sharded or wrapped."""
-    shape = linear_shape(module)
-    if isinstance(module, nn.Linear):
-        shape = shape[::-1]
-    weight = module.weight
-    return type(weight.data) is Tensor and weight.dtype in _WEIGHT_DTYPES and weight.shape == shape
 
 
 def core_shapes(factors: Factors, rank: int) -> dict[str, tuple[int, int, int]]:

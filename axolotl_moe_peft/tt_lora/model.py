@@ -12,11 +12,11 @@ from torch import nn
 
 from ..shared.linear import linear_shape
 from ..shared.summary import ParameterRow, parameter_row
+from ..shared.targets import endings, has_suffix, idle_layers, layers_of_version_0_1, read_layers, target_layers
 from ..shared.tuner import Tuner
 from .config import TTLoraConfig
 from .factors import Factors, auto_factors, check_product
 from .layer import TTLoraLinear, kept_matrices
-from .targets import endings, has_suffix, idle_layers, layers_of_version_0_1, read_layers, target_layers
 
 
 class TTLoraModel(Tuner):

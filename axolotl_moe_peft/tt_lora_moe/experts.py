@@ -14,10 +14,10 @@ from peft.utils import load_peft_weights
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from ..shared.targets import target_layers
 from ..tt_lora import TTLoraConfig
 from ..tt_lora.layer import core_shapes
 from ..tt_lora.model import factors_of
-from ..tt_lora.targets import target_layers
 from .config import POOLED_FIELDS
 from .head import head_name
 from .layer import ExpertShapes

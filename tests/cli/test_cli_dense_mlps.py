@@ -1,4 +1,4 @@
-"""PERFT beside the MLPs of a dense base, through Axolotl: in one process, in two, resumed, and used afterwards."""
+"""PERFT beside the MLPs and attention of a dense base, through Axolotl: one process, two, resumed, and afterwards."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.cli.adapters import adapter_keys
 from tests.cli.cli_helpers import AxolotlPool, adapter_tensors, checksums, log_history, write_rows, write_yaml
 
 STEPS = 3
-ADAPTER = "perft beside MLPs"
+ADAPTER = "perft and attention"
 FSDP2 = {
     "fsdp_version": 2,
     "fsdp_config": {
@@ -92,14 +92,16 @@ def assert_same(run: Path, expected: Path, rel: float) -> None:
 
 
 @pytest.mark.matrix("dense base (target_modules: mlp): train", "perft routed")
+@pytest.mark.matrix("updates of linear layers (linear_target_modules): train", "perft routed")
 def test_all_that_is_trained_is_saved_and_logged(trained: Callable[..., Path], start: Callable[[str, str], Path]):
     before, after = adapter_tensors(start("llama", ADAPTER)), adapter_tensors(trained())
-    assert before.keys() == after.keys() and len(after) == 2 * 3
+    assert before.keys() == after.keys() and len(after) == 2 * (3 + 2 * 2)
     assert not any(torch.equal(tensor, before[name]) for name, tensor in after.items())
     assert all(line["router_z_loss"] > 0 and line["expert_entropy"] > 0 for line in log_history(trained()))
 
 
 @pytest.mark.matrix("dense base (target_modules: mlp): processes: 2, {mode}", "perft routed")
+@pytest.mark.matrix("updates of linear layers (linear_target_modules): processes: 2, {mode}", "perft routed")
 @pytest.mark.parametrize("mode", MODES)
 def test_two_processes_log_and_save_what_one_does(mode: str, trained: Callable[..., Path]):
     assert_same(trained(mode), trained(), rel=1e-3)
@@ -108,6 +110,7 @@ def test_two_processes_log_and_save_what_one_does(mode: str, trained: Callable[.
 
 
 @pytest.mark.matrix("dense base (target_modules: mlp): resume", "perft routed")
+@pytest.mark.matrix("updates of linear layers (linear_target_modules): resume", "perft routed")
 @pytest.mark.parametrize("mode", [None, "FSDP2"])
 def test_resumed_equals_straight(
     mode: str | None, axolotl: AxolotlPool, trained: Callable[..., Path], write_config: Callable[..., Path]
@@ -120,7 +123,9 @@ def test_resumed_equals_straight(
 
 
 @pytest.mark.matrix("dense base (target_modules: mlp): evaluate", "perft routed")
+@pytest.mark.matrix("updates of linear layers (linear_target_modules): evaluate", "perft routed")
 @pytest.mark.matrix("dense base (target_modules: mlp): inference", "perft routed")
+@pytest.mark.matrix("updates of linear layers (linear_target_modules): inference", "perft routed")
 def test_evaluate_and_inference_take_the_adapter(
     axolotl: AxolotlPool, trained: Callable[..., Path], write_config: Callable[..., Path], folder: Path
 ):
@@ -146,6 +151,12 @@ def test_merge_lora_is_refused_with_the_reason(axolotl: AxolotlPool, write_confi
 def test_a_new_adapter_says_what_it_trains(axolotl: AxolotlPool, write_config: Callable[..., Path]):
     result = axolotl("train", write_config(None, "new", lora_model_dir=None, max_steps=1))
     assert result.code == 0, result.output
-    # 2 layers: 8 pairs of rank 4 and width 32, and a router; a token passes through 2 pairs
-    for number in (f"{2 * 8 * 2 * 4 * 32:,}", f"{2 * 2 * 2 * 4 * 32:,}", f"{2 * 8 * 32:,}"):
-        assert number in result.output
+    # 2 layers: 8 pairs of rank 4 and width 32, and a router; a token passes through 2 pairs; q and v of rank 3
+    table = [
+        line.split() for line in result.output.splitlines() if line.startswith(("experts ", "router ", "linear "))
+    ]
+    assert table == [
+        ["experts", "4", f"{2 * 8 * 2 * 4 * 32:,}", f"{2 * 2 * 2 * 4 * 32:,}", "float32"],
+        ["router", "2", str(2 * 8 * 32), str(2 * 8 * 32), "float32"],
+        ["linear", "8", str(2 * 3 * (32 + 32 + 32 + 16)), str(2 * 3 * (32 + 32 + 32 + 16)), "float32"],
+    ]

@@ -33,6 +33,9 @@ DEFAULTS = {
     "base_router_aux_loss_coef": 0.0,
     "target_modules": None,
     "layers_to_transform": None,
+    "linear_target_modules": None,
+    "linear_rank": 16,
+    "linear_alpha": 32,
 }
 NOT_ROUTED = ("embedded", "dense", "single")
 

@@ -1,4 +1,4 @@
-"""Which layers of a model a TT-LoRA can go beside: what its targets match, and what those layers are to the model."""
+"""Which linear layers adapters can go beside: what their targets match, and what those layers are to the model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import inspect
 import textwrap
 from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
+from typing import Protocol
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -16,9 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..shared.linear import linear_shape
-from .config import TTLoraConfig
-from .layer import has_plain_weight
+from .linear import has_plain_weight, linear_shape
 
 # What is asked of a weight without computing with it.
 _METADATA = (
@@ -38,7 +37,21 @@ _INDEXER = "Indexer"  # of sparse attention: DeepSeek-V3.2's, and what came afte
 _INSPECTIONS = ("getattr", "hasattr", "id", "isinstance", "len", "type")
 
 
-def target_layers(config: TTLoraConfig, model: nn.Module) -> dict[str, nn.Module]:
+class Targets(Protocol):
+    """What a configuration says of them; PEFT reads it, too.
+
+    Attributes:
+        target_modules: names or suffixes of names, one regular expression, or all-linear.
+        modules_to_save: modules that are trained whole.
+        is_saved: whether they are those of a saved adapter.
+    """
+
+    target_modules: list[str] | str
+    modules_to_save: list[str] | None
+    is_saved: bool
+
+
+def target_layers(config: Targets, model: nn.Module, key: str = "tt_lora.target_modules") -> dict[str, nn.Module]:
     """The linear layers that `config.target_modules` matches, by name, as they were before any adapter.
 
     Of a model of text and images they are those of its text part; other parts have to be named, by targets that match
@@ -46,7 +59,8 @@ def target_layers(config: TTLoraConfig, model: nn.Module) -> dict[str, nn.Module
     beside: version 0.1 did not ask what they are to the model.
 
     Raises:
-        ValueError: a target matches nothing, or something else than linear layers that the model calls.
+        ValueError: a target matches nothing, or something else than linear layers that the model calls. The message
+            begins with `key`.
     """
     modules = _unwrapped_modules(model)
     linear = {name: module for name, module in modules.items() if is_linear(module)}
@@ -67,26 +81,26 @@ def target_layers(config: TTLoraConfig, model: nn.Module) -> dict[str, nn.Module
         unmatched = [] if matched else [f"the regular expression {targets!r}"]
     if unmatched:
         raise ValueError(
-            f"tt_lora.target_modules: {', '.join(unmatched)} matches no module of {type(model).__name__}. The "
+            f"{key}: {', '.join(unmatched)} matches no module of {type(model).__name__}. The "
             f"names of its linear layers end with {endings(linear)}."
         )
     for name in matched:
         if name not in linear:
             raise ValueError(
-                f"tt_lora.target_modules: {targets!r} matches {name}, which is no linear layer but "
+                f"{key}: {targets!r} matches {name}, which is no linear layer but "
                 f"{type(matched[name]).__name__}. The names of the linear layers end with {endings(linear)}."
             )
         if not config.is_saved and (reason := why_idle(name, modules)):
             others = {n: module for n, module in linear.items() if not why_idle(n, modules)}
             raise ValueError(
-                f"tt_lora.target_modules: {targets!r} matches {name}, beside which an adapter would do nothing: "
+                f"{key}: {targets!r} matches {name}, beside which an adapter would do nothing: "
                 f"{reason}. Leave it out; the names of the other linear layers end with {endings(others)}."
             )
     return matched
 
 
 def _all_linear(
-    config: TTLoraConfig, model: nn.Module, modules: dict[str, nn.Module], linear: dict[str, nn.Module]
+    config: Targets, model: nn.Module, modules: dict[str, nn.Module], linear: dict[str, nn.Module]
 ) -> dict[str, nn.Module]:
     """All linear layers but the output layer or head, those that are trained whole, and those that are not called."""
     output_layer = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -144,7 +158,7 @@ def is_read(name: str, modules: dict[str, nn.Module]) -> bool:
     return attribute in _weights_read(type(modules[parent]))
 
 
-def layers_of_version_0_1(config: TTLoraConfig, model: nn.Module) -> list[str]:
+def layers_of_version_0_1(config: Targets, model: nn.Module) -> list[str]:
     """The linear layers that these targets matched in version 0.1, which asked nothing else of them."""
     linear = [name for name, module in _unwrapped_modules(model).items() if linear_shape(module) is not None]
     if config.target_modules == "all-linear":
