@@ -56,6 +56,12 @@ def logits(model: torch.nn.Module, ids: Tensor = IDS, **kwargs: Any) -> Tensor:
     return model(input_ids=ids, **kwargs).logits
 
 
+def batch_of(kind: str, ids: Tensor = IDS) -> dict[str, Tensor]:
+    """A batch to train on: the first three tokens are the prompt."""
+    batch = {"input_ids": ids, "labels": torch.where(torch.arange(ids.shape[1]) < 3, -100, ids)}
+    return batch | {"expert_labels": torch.tensor([0, 1, 2, 0])} if BLOCKS[kind][0] == "tt_lora_moe" else batch
+
+
 def base_of(kind: str) -> torch.nn.Module:
     return tiny_model(families(kind)[0])
 
@@ -317,9 +323,7 @@ def test_injection_without_a_peft_model_computes_the_same(kind, adapted, experts
 @every_kind_and_family
 def test_training_moves_every_trainable_tensor_of_the_adapter_and_nothing_else(kind, family, adapted):
     model = adapted(kind, family).train()
-    batch = {"input_ids": IDS, "labels": torch.where(torch.arange(9) < 3, -100, IDS)}
-    if BLOCKS[kind][0] == "tt_lora_moe":
-        batch["expert_labels"] = torch.tensor([0, 1, 2, 0])
+    batch = batch_of(kind)
     before = {name: p.clone() for name, p in model.named_parameters()}
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimiser = torch.optim.AdamW(trainable.values(), lr=1e-2)
@@ -333,6 +337,20 @@ def test_training_moves_every_trainable_tensor_of_the_adapter_and_nothing_else(k
     assert trainable and all(model.base_model.prefix in name for name in trainable)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) == (name not in trainable), name
+
+
+@pytest.mark.parametrize("kind", ["perft", "tt_lora", "tt_lora_moe", "pt_moe"])
+def test_a_compiled_model_computes_and_trains_as_the_model_itself(kind, adapted):
+    model, batch = adapted(kind), batch_of(kind)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(logits(compiled), logits(model), **TOLERANCE)
+    model.train()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    loss, compiled_loss = model(**batch).loss, compiled(**batch).loss
+    torch.testing.assert_close(compiled_loss, loss, **TOLERANCE)
+    gradients = torch.autograd.grad(loss, trainable)
+    torch.testing.assert_close(torch.autograd.grad(compiled_loss, trainable), gradients, **TOLERANCE)
 
 
 # ----------------------------------------------------------------------------------------------- batches, generation

@@ -42,6 +42,8 @@ from .mrope import has_several_kinds, images_follow_text
 
 # which tokens are of images, in words of vision-language models
 _OF_IMAGES = ("visual_pos_masks", "moe_mm_token_type_ids")
+# torch.compile loses what hooks put into a thread's state and take out of an output: the prompt would stay in it
+_eager = torch.compiler.disable
 _FLASH_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
@@ -101,12 +103,14 @@ class PromptInsertion:
     def _is_active(self) -> bool:
         return self.layer.active_adapter_name() is not None
 
+    @_eager
     def _begin_call(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         call = bind(model, args, kwargs)
         stream = self._generation.stream(call)
         labels = labels_of(call) if self._predicts_tokens else None
         self._thread.call = _Call(call.get("input_ids"), labels, call.get("position_ids"), stream)
 
+    @_eager
     def _end_call(self, model: nn.Module, args: tuple, output: Any) -> None:
         self._thread.call = _Call()
 
@@ -114,6 +118,7 @@ class PromptInsertion:
     def _call(self) -> _Call:
         return getattr(self._thread, "call", _Call())
 
+    @_eager
     def _insert(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         self._thread.inserted = None
         adapter_name = self.layer.active_adapter_name()
@@ -133,6 +138,7 @@ class PromptInsertion:
         self._thread.inserted = _Inserted(decided_by, count, layout, self._to_note(layout, call))
         return (), call
 
+    @_eager
     def _strip(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         inserted, self._thread.inserted = getattr(self._thread, "inserted", None), None
         if inserted is None or output is None:
