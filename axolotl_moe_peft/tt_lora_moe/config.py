@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from peft import TaskType
 from peft.utils import PeftType
 
 from ..shared.config import AdapterConfig
@@ -98,6 +99,12 @@ class TTLoraMoeConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.TT_LORA_MOE
+        if self.task_type not in (None, TaskType.CAUSAL_LM, TaskType.SEQ_CLS):
+            task = getattr(self.task_type, "value", self.task_type)
+            raise ValueError(
+                f"tt_lora_moe.task_type: {task} is not possible: a pool picks one expert for a text, of language "
+                "models (CAUSAL_LM) or of classifiers of texts (SEQ_CLS). Load the one expert's own adapter."
+            )
         for key, known in (
             ("router", ("base_hidden", "embedding_linear", "embedding_mlp")),
             ("router_input", ("prompt", "sequence")),

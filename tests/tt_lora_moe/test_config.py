@@ -1,7 +1,7 @@
 """TTLoraMoeConfig: what it accepts, what it says of what it does not, and that it survives saving."""
 
 import pytest
-from peft import PeftConfig
+from peft import PeftConfig, TaskType
 
 from axolotl_moe_peft import TTLoraMoeConfig
 
@@ -43,6 +43,8 @@ def test_saved_and_loaded_it_is_the_same(tmp_path):
         ({"experts": [ENTRIES[0], ENTRIES[0]]}, "the name 'gsm8k' is given twice"),
         ({"router": "llm"}, "router: 'llm' is not known; use one of base_hidden, embedding_linear, embedding_mlp"),
         ({"router_input": "answer"}, "router_input: 'answer' is not known; use one of prompt, sequence"),
+        ({"task_type": "TOKEN_CLS"}, "task_type: TOKEN_CLS is not possible"),
+        ({"task_type": TaskType.QUESTION_ANS}, "task_type: QUESTION_ANS is not possible"),
         ({"router_noise": 0.5}, "router_noise: 0.5 is not known; use one of true, false"),
     ],
 )
