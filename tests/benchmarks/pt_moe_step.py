@@ -2,8 +2,9 @@
 
 - step: forward, loss, backward and AdamW on one padded batch, with the same number of virtual tokens.
 - packing: one pass over rows of GSM8K's lengths, padded to the longest of each batch or packed, a prompt each; real
-  tokens per second. The time is that of forward and backward. The loss and the gradients of each way of attention are
-  compared with those of the rows one by one. A way that this machine cannot run is a row that says why.
+  tokens per second, and LoRA beside it, which has no prompts: what packing itself gains here. The time is that of
+  forward and backward. The loss and the gradients of each way of attention are compared with those of the rows one by
+  one. A way that this machine cannot run is a row that says why.
 - decoding: a token with everything before it in the cache, beside the bare base.
 
 The candidates share the base's parameters. No tokenizer is needed: words, digits and punctuation marks are counted,
@@ -20,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from peft import PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
@@ -60,6 +61,7 @@ SIZES = {
 PT_MOE = PTMoeConfig(num_virtual_tokens=VIRTUAL_TOKENS, init_text=None, task_type="CAUSAL_LM")
 PT_MOE_WITHOUT_NOISE = PTMoeConfig(num_virtual_tokens=VIRTUAL_TOKENS, router_noise_std=0.0, task_type="CAUSAL_LM")
 PROMPT_TUNING = PromptTuningConfig(num_virtual_tokens=VIRTUAL_TOKENS, task_type="CAUSAL_LM")
+LORA = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
 
 
 def build_base(config: LlamaConfig, device: str, dtype: torch.dtype) -> nn.Module:
@@ -69,7 +71,7 @@ def build_base(config: LlamaConfig, device: str, dtype: torch.dtype) -> nn.Modul
     return model.requires_grad_(False).eval()
 
 
-def attach(config: PTMoeConfig | PromptTuningConfig | None, base: nn.Module) -> nn.Module:
+def attach(config: PeftConfig | None, base: nn.Module) -> nn.Module:
     """A model with an adapter and the base's own parameters, not copies of them."""
     model = copy.deepcopy(base, memo={id(parameter): parameter for parameter in base.parameters()})
     return model if config is None else get_peft_model(model, config)
@@ -121,7 +123,7 @@ def packed_batches(rows: list[tuple[Tensor, Tensor]], sequence_len: int) -> list
     return batches
 
 
-def build_step(config: PTMoeConfig | PromptTuningConfig, base: nn.Module, batch: dict[str, Tensor]) -> Callable:
+def build_step(config: PeftConfig, base: nn.Module, batch: dict[str, Tensor]) -> Callable:
     """One training step on the batch."""
     model = attach(config, base).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
@@ -134,9 +136,11 @@ def build_step(config: PTMoeConfig | PromptTuningConfig, base: nn.Module, batch:
     return step
 
 
-def build_pass(base: nn.Module, batches: list[dict[str, Tensor]], attention: str = "sdpa") -> Callable:
+def build_pass(
+    config: PeftConfig, base: nn.Module, batches: list[dict[str, Tensor]], attention: str = "sdpa"
+) -> Callable:
     """Forward and backward of all batches."""
-    model = attach(PT_MOE, base).train()
+    model = attach(config, base).train()
     model.set_attn_implementation(attention)
 
     def run() -> None:
@@ -211,7 +215,8 @@ def measure(args: argparse.Namespace) -> list[list[str]]:
         "step, prompt tuning": build_step(PROMPT_TUNING, base, padded_batches(rows, 8)[0]),
         "decoding, pt_moe": build_decoding(PT_MOE, base),
         "decoding, base": build_decoding(None, base),
-        **{name: build_pass(base, batches) for name, batches in passes.items()},
+        **{name: build_pass(PT_MOE, base, batches) for name, batches in passes.items()},
+        **{f"lora, {name}": build_pass(LORA, base, batches) for name, batches in passes.items()},
     }
     table = []
     for attention in args.attention:
@@ -221,7 +226,8 @@ def measure(args: argparse.Namespace) -> list[list[str]]:
             table.append(failure(f"packed, {attention}", error))
         else:
             name = f"packed, {attention}"
-            passes[name], candidates[name] = packed, build_pass(base, packed, attention)
+            passes[name], candidates[name] = packed, build_pass(PT_MOE, base, packed, attention)
+            candidates[f"lora, {name}"] = build_pass(LORA, base, packed, attention)
     times = time_rounds(candidates, args.device, args.repeats, args.warmup)
     real = sum(map(sum, lengths))
     table += [[f"{name}, ms", *Spread.of(figures).cells()] for name, figures in times.items()]
@@ -237,6 +243,7 @@ def measure(args: argparse.Namespace) -> list[list[str]]:
         for slow in passes:
             if fast.startswith("packed") and slow.startswith("padded"):
                 ratios[f"real tokens / s, {fast} / {slow}"] = ratio(times, slow, fast)
+                ratios[f"the same, lora, {fast} / {slow}"] = ratio(times, f"lora, {slow}", f"lora, {fast}")
     return table + [[name, *spread.cells()] for name, spread in ratios.items()]
 
 
