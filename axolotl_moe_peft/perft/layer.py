@@ -177,10 +177,12 @@ class PerftLayer(nn.Module, TunerLayer):
 
     def _scored(self, routing: BaseRouting) -> Routing:
         """What the base router decided, with the scores by which it did."""
-        if self._base_scores is None:  # the base was on the meta device when the adapter was added
-            self._base_scores = base_scores(self.block)
         logits_TE = routing.logits_TE.float()
-        return Routing(logits_TE, routing.indices_TK, self._base_scores(logits_TE))
+        if self._base_scores is None and not logits_TE.is_meta:  # the base was, when the adapter was added
+            self._base_scores = base_scores(self.block)
+        # there are no values to tell by in an estimate of memory, of which either takes as much
+        scores = self._base_scores or torch.sigmoid
+        return Routing(logits_TE, routing.indices_TK, scores(logits_TE))
 
     def _note_base_routing(self, router: nn.Module, args: tuple, output: Any) -> None:
         _base_routing.set(self.block.read_router(output))

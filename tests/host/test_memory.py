@@ -57,6 +57,11 @@ def test_activations_follow_the_batch_and_checkpointing(load: Load) -> None:
     assert f"{two / 2**20:,.2f} MiB without" in format_parts(estimate(cfg))
 
 
+def test_a_balance_loss_of_the_base_router_reads_no_values(load: Load) -> None:
+    cfg = load(perft={"variant": "dense", "base_router_aux_loss_coef": 0.1}, sequence_len=64)
+    assert all(part.bytes for part in estimate(cfg))
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_quantised_base_takes_what_bitsandbytes_stores(load: Load, tmp_path: Path, bits: int) -> None:
     config = MixtralConfig(hidden_size=128, intermediate_size=256, num_key_value_heads=4, **QUANTISED_MOE)

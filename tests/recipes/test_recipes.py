@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import math
+import os
 import re
 import textwrap
 from collections.abc import Callable, Iterator
@@ -16,12 +17,14 @@ import torch
 import yaml
 from axolotl.cli.config import prepare_plugins
 from axolotl.integrations.base import PluginManager
-from axolotl.utils.config import validate_config
+from axolotl.utils.config import normalize_config, validate_config
 from axolotl.utils.dict import DictDefault
 from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from axolotl_moe_peft.host.args import CONFIGS
+from axolotl_moe_peft.host.memory import estimate, total_bytes
 from tests.cli import pil_images  # noqa: F401
 from tests.cli.cli_helpers import AxolotlPool, Result, log_history, save_tokenizer
 from tests.cli.images import save_multimodal_base, write_image_rows
@@ -44,6 +47,12 @@ from tests.recipes.recipes import (
 from tests.recipes.table import readme_table, table
 from tests.tiny_models import BOS, EOS, PAD, VOCAB_SIZE
 
+# all of this package's by `SWEEP=all`, as an estimate takes some seconds
+ESTIMATED = [
+    name
+    for name in RECIPES
+    if "GB in all" in header(name) or (os.environ.get("SWEEP") == "all" and load(name)["adapter"] in CONFIGS)
+]
 every_recipe = pytest.mark.parametrize("name", RECIPES)
 
 # what the host would find on a machine with H100s
@@ -149,6 +158,25 @@ def test_the_header_says_how_large_the_weights_are_as_they_are_loaded(name: str)
     stated = re.search(r"(\d+) GB of weights", header(name))
     assert stated or load(name)["adapter"] != "perft"
     assert not stated or int(stated[1]) == round(weights_bytes(name) / 1e9)
+
+
+@pytest.mark.parametrize("name", ESTIMATED)
+def test_the_run_fits_the_gpus_of_its_header(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    number, gigabytes = re.search(r"[Ff]or (one|\d+) GPUs? with (\d+) GB", header(name)).groups()
+    monkeypatch.setenv("WORLD_SIZE", "1" if number == "one" else number)
+    recipe = load(name)
+    real_config(recipe).save_pretrained(tmp_path)
+    recipe = with_experts(recipe, save_untrained_experts(recipe, tmp_path)) | {"base_model": str(tmp_path)}
+    cfg = DictDefault(json.loads(json.dumps(recipe)))
+    prepare_plugins(cfg)
+    cfg = validate_config(cfg, GPUS, {"torch_version": torch.__version__.partition("+")[0]})
+    normalize_config(cfg)
+    parts = estimate(cfg)
+    assert all(part.bytes is not None for part in parts)
+    needed = total_bytes(parts)
+    assert needed < (int(gigabytes) - 2) * 1e9, f"{name}: {needed / 1e9:.1f} GB"  # what CUDA takes, and fragments
+    stated = re.search(r"(\d+) GB in all", header(name))
+    assert not stated or int(stated[1]) == round(needed / 1e9), f"{name}: {needed / 1e9:.1f} GB"
 
 
 @pytest.mark.parametrize("pattern", PAPERS)
