@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -47,9 +48,8 @@ def test_it_says_what_the_adapter_is_and_how_it_is_loaded_and_served(kind, model
     assert f"KeyError: '{kind.upper()}'" in text and "axolotl moe-serve ADAPTER" in text
     script = re.search(r"```python\n(.+?)```", text, flags=re.DOTALL)[1]
     monkeypatch.chdir("/")
-    names: dict = {}
-    exec(script.replace("ADAPTER", str(tmp_path / "out")), names)
-    assert torch.equal(logits(names["model"]), logits(model))
+    (tmp_path / "script.py").write_text(script.replace("ADAPTER", str(tmp_path / "out")))
+    assert torch.equal(logits(runpy.run_path(str(tmp_path / "script.py"))["model"]), logits(model))
 
 
 @pytest.mark.parametrize("kind", ["perft"])
