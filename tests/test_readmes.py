@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM
 
-from axolotl_moe_peft import PerftConfig, PTMoeConfig, TTLoraConfig, TTLoraMoeConfig
+from axolotl_moe_peft import PerftConfig, PTMoeConfig, TTLoraConfig, TTLoraMoeConfig, launcher
 from axolotl_moe_peft.shared.config import ModulesToSaveConfig
 from tests.cli.cli_helpers import fill_vocabulary, save_base_model
 from tests.tiny_adapters import trained
@@ -66,7 +67,9 @@ def test_the_defaults_are_those_of_the_code(method: str) -> None:
         assert stated in ({key: getattr(config, key) for key in keys}, {"experts": "required"})
 
 
-def test_the_lines_that_use_a_trained_adapter_work(tmp_path: Path) -> None:
+def test_the_lines_that_use_a_trained_adapter_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Those of Axolotl's commands are tested with these (tests/cli); inference waits for what is typed."""
     section = (ROOT / "README.md").read_text().partition("## Use a trained adapter")[2].partition("\n## ")[0]
     shell, python = (re.findall(r"^    (.+)$", part, re.M) for part in section.split("or in Python"))
@@ -85,12 +88,11 @@ doc_to_choice: ["yes", "no"]
 doc_to_target: label
 """)
     (tmp_path / "rows.jsonl").write_text('{"question": "1 or 2?", "label": 0}\n')
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    run = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "timeout": 300}
+    monkeypatch.chdir(tmp_path)
     script = ["import axolotl_moe_peft, peft, transformers", *python]
     assert len(script) == 4
-    done = subprocess.run([sys.executable, "-c", "\n".join(script)], **run)
-    assert done.returncode == 0, done.stderr
+    Path("script.py").write_text("\n".join(script))
+    runpy.run_path("script.py")
     commands = "\n".join(shell).replace("\\\n", "").splitlines()
     of_axolotl = [command.split()[1] for command in commands if command.startswith("axolotl ")]
     assert of_axolotl == ["inference", "evaluate", "merge-lora"]
@@ -98,10 +100,15 @@ doc_to_target: label
         return
     (command,) = commands[len(of_axolotl) :]
     command = command.replace("allenai/OLMoE-1B-7B-0924", "base").replace("gsm8k", "task")
-    program, *arguments = shlex.split(command)
-    assert program == "python"
-    done = subprocess.run([sys.executable, *arguments, "--device", "cpu", "--include_path", "."], **run)
-    assert done.returncode == 0 and re.search(r"acc\s*\|", done.stdout), done.stderr
+    python, option, package, *arguments = shlex.split(command)
+    assert (python, option, package) == ("python", "-m", "axolotl_moe_peft")
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(sys.modules["__main__"], "__package__", None)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    with pytest.raises(SystemExit) as end:
+        launcher.main([*arguments, "--device", "cpu", "--include_path", "."])
+    assert not end.value.code
+    assert re.search(r"acc\s*\|", capsys.readouterr().out)
 
 
 def test_every_link_leads_somewhere() -> None:
