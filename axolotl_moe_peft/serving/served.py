@@ -26,7 +26,8 @@ class Served:
     def __init__(self, adapter: str, config: AdapterConfig, base: str, port: int, scratch: Path) -> None:
         self.config, self.base, self.port, self.scratch = config, base, port, scratch
         is_local = Path(adapter).is_dir()
-        self.folder = Path(adapter if is_local else snapshot_download(adapter)).resolve()
+        # the user's own adapter, of the revision that PEFT takes
+        self.folder = Path(adapter if is_local else snapshot_download(adapter)).resolve()  # nosec B615
         self.name = self.folder.name if is_local else adapter
 
     @property
