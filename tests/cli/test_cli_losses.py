@@ -110,10 +110,10 @@ def test_prompts_are_chosen_as_with_the_models_own_loss(loss: str, train: Callab
     assert figures[0] and figures[0] == pytest.approx(figures[1], rel=1e-4)
 
 
-@pytest.mark.matrix("loss: {loss}", "{adapter}")
-@pytest.mark.parametrize(("loss", "adapter"), [("kd_trainer", "tt_lora"), ("diffusion", "tt_lora")])
-def test_an_adapter_without_a_router_trains(loss: str, adapter: str, train: Callable[..., Path]) -> None:
-    assert log_history(train(adapter, loss, 1))[0]["grad_norm"] > 0
+@pytest.mark.matrix("loss: {loss}", "tt_lora")
+@pytest.mark.parametrize("loss", [*(name for name in LOSSES if name != "own"), "diffusion"])
+def test_an_adapter_without_a_router_trains(loss: str, train: Callable[..., Path]) -> None:
+    assert log_history(train("tt_lora", loss, 1))[0]["grad_norm"] > 0
 
 
 @pytest.mark.matrix("loss: diffusion", "perft")
