@@ -328,6 +328,8 @@ def test_what_is_saved_has_each_process_part(
             parts = torch.chunk(torch.zeros_like(tensor), 2)
             expected = torch.cat([torch.full_like(part, rank + 1) for rank, part in enumerate(parts)])
             assert torch.equal(tensor, expected), name
+        size = sum(tensor.numel() for tensor in loaded.values())
+        assert f": {size:,} parameters" in (saved / "README.md").read_text()
 
 
 @pytest.mark.matrix("processes: 2, FSDP2 bf16 base", "{adapter}")
