@@ -37,7 +37,10 @@ def serve_by_transformers(served: Served, options: list[str]) -> None:
     for option in {option.partition("=")[0] for option in options} & {"--quantization", "--compile"}:
         raise ValueError(f"{option} is not tried with adapters of this package. Leave it out.")
     if not is_serve_available():
-        raise ValueError("transformers' server is not all there. Install it: pip install 'transformers[serving]'.")
+        raise ValueError(
+            "transformers' server is not all there: pip install 'transformers[serving]', or vLLM: pip install "
+            "'axolotl-moe-peft[serve]'."
+        )
     link_model(served)
     from transformers.cli.transformers import app
 

@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 from peft import LoraConfig, PeftConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification
+from transformers.utils.import_utils import is_serve_available
 
 from axolotl_moe_peft import PTMoeConfig, TTLoraConfig
 from axolotl_moe_peft_commands import moe_serve
@@ -54,3 +55,10 @@ def test_one_packed_row_for_all_requests_is_refused_where_each_has_a_decision(tm
 def test_an_engine_that_is_not_installed_is_named(tmp_path: Path) -> None:
     adapter = save(TTLoraConfig(task_type="CAUSAL_LM"), tmp_path)
     assert "pip install 'axolotl-moe-peft[serve]'" in error_of(adapter, "--base", "base", "--engine", "vllm")
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None or is_serve_available(), reason="a server is installed here")
+def test_without_a_server_it_says_what_to_install(tmp_path: Path) -> None:
+    adapter = save(TTLoraConfig(task_type="CAUSAL_LM"), tmp_path)
+    error = error_of(adapter, "--base", "base")
+    assert "transformers[serving]" in error and "axolotl-moe-peft[serve]" in error
