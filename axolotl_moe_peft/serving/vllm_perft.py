@@ -15,10 +15,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from peft import PeftConfig
 from peft.utils import load_peft_weights
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.models.transformers import TransformersForCausalLM, TransformersMoEForCausalLM
@@ -28,7 +29,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from ..perft import PerftConfig
 from ..perft.block import FeedForward, MoeBlock
 from ..perft.moe_families import BaseRouting
-from ..perft.selection import find_dense_mlps, find_moe_blocks
+from ..perft.selection import find_dense_mlps, find_moe_blocks, select_blocks
 from ..perft.units import Units
 from ..perft.variants import VARIANTS, BlockAdapter
 from ..shared.config import enumerate_names
@@ -47,6 +48,12 @@ class _WithPerft(Base):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         _check_engine(vllm_config)
+        hf_config = vllm_config.model_config.hf_config
+        self._config, self._tensors = read_adapter(getattr(hf_config, ADAPTER_KEY, None))
+        with init_empty_weights():
+            model = AutoModelForCausalLM.from_config(hf_config)  # with its head, as names in a config are of it
+        chosen = select_blocks(model, self._config.target_modules, self._config.layers_to_transform)
+        self._block_names = [block.name for block in chosen]
         super().__init__(vllm_config=vllm_config, prefix=prefix)
 
     def _patch_config(self) -> None:
@@ -56,16 +63,15 @@ class _WithPerft(Base):
 
     def recursive_replace(self) -> None:
         """Replace transformers' modules by vLLM's, and put the adapter beside them."""
-        config, tensors = read_adapter(getattr(self.config, ADAPTER_KEY, None))
-        adapters = self._adapters(config, tensors)
-        if config.variant == "embedded":
+        embedded, adapters = self._config.variant == "embedded", self._adapters()
+        if embedded:
             for adapter in adapters:
                 # a child that vLLM does not know keeps it from moving the routing into its kernel
                 self.model.get_submodule(adapter.parent).perft = adapter
         super().recursive_replace()
         for adapter in adapters:
             # as vLLM's own fusions do; modules in between would change the names of the weights
-            if config.variant == "embedded":
+            if embedded:
                 experts = self.model.get_submodule(adapter.experts)
                 experts.forward = _experts_with(adapter, experts.forward)
             else:
@@ -73,27 +79,24 @@ class _WithPerft(Base):
                 block.perft = adapter
                 block.forward = _block_with(adapter, block.forward)
 
-    def _adapters(self, config: PerftConfig, tensors: dict[str, Tensor]) -> list[ServedAdapter]:
-        prefix = f"base_model.model.{self.model.base_model_prefix}."  # vLLM has the model without its head
-        found: list[FeedForward] = [*find_moe_blocks(self.model)]
-        if config.target_modules is not None:  # dense MLPs were asked for, or nothing has an adapter beside them
-            found += find_dense_mlps(self.model)
-        blocks = {f"{prefix}{block.name}": block for block in found}
-        by_block: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in tensors.items():
-            name, _, part = key.rpartition(".")
-            if name not in blocks or part not in _TENSORS:
+    def _adapters(self) -> list[ServedAdapter]:
+        config, prefix = self._config, f"{self.model.base_model_prefix}."  # vLLM has the model without its head
+        found = {f"{prefix}{b.name}": b for b in (*find_moe_blocks(self.model), *find_dense_mlps(self.model))}
+        by_block: dict[str, dict[str, Tensor]] = {name: {} for name in self._block_names}
+        for key, tensor in self._tensors.items():
+            name, _, part = key.removeprefix("base_model.model.").rpartition(".")
+            if name not in by_block or part not in _TENSORS:
                 raise ValueError(
                     f"perft_adapter: {key} has no place in {type(self.model).__name__}. An adapter can be served "
                     f"beside the base model that it was trained on ({config.base_model_name_or_path!r}), and without "
                     "modules and tokens that were trained with it (`lora_modules_to_save`); --engine transformers "
                     "takes those."
                 )
-            by_block.setdefault(name, {})[part] = tensor
+            by_block[name][part] = tensor
         context, device = self.compilation_config.static_forward_context, self.device_config.device
         adapters = []
         for name, parts in by_block.items():
-            adapter = ServedAdapter(config, blocks[name], parts, self.model_config.dtype)
+            adapter = ServedAdapter(config, found[name], parts, self.model_config.dtype)
             if config.variant == "embedded" and len(adapter.down_NRD) != self.model_config.get_num_experts():
                 raise ValueError(
                     f"perft_adapter: {name} has {len(adapter.down_NRD)} adapters for the "

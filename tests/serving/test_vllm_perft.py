@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from axolotl_moe_peft import PerftConfig, TTLoraConfig
 from tests.serving.served_models import ENGINE, SIZES, generated, prompts, save_adapter, save_base
@@ -129,6 +130,16 @@ def test_an_adapter_of_another_base_is_refused(answers: dict) -> None:
     folder, _ = answers["olmoe routed"]
     with pytest.raises(ValueError, match=r"layers.0.mlp.perft_\w+ has no place in Glm4MoeModel"):
         engine(answers["glm4_moe routed"][0], _NO_GRAPH, folder / "adapter")
+
+
+def test_an_adapter_whose_file_is_not_whole_is_refused(answers: dict, tmp_path: Path) -> None:
+    folder, _ = answers["olmoe routed"]
+    tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
+    kept = {key: tensor for key, tensor in tensors.items() if ".layers.1." not in key}
+    save_file(kept, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").symlink_to(folder / "adapter" / "adapter_config.json")
+    with pytest.raises(ValueError, match="layers.1.mlp has no perft_down, perft_router, perft_up; its file is not wh"):
+        engine(folder, _NO_GRAPH, tmp_path)
 
 
 @pytest.mark.parametrize(
