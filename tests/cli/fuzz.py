@@ -8,7 +8,7 @@ from typing import Any
 
 from tests.cli.adapters import EXPERTS
 
-FAMILIES = {"perft": ("mixtral", "olmoe", "qwen3_moe"), "": ("llama", "mixtral", "olmoe")}
+FAMILIES = {"perft": ("mixtral", "olmoe", "qwen3_moe", "llama"), "": ("llama", "mixtral", "olmoe")}
 
 # values of a block's keys; None leaves the key out
 _BLOCKS: dict[str, dict[str, tuple[Any, ...]]] = {
@@ -27,8 +27,10 @@ _BLOCKS: dict[str, dict[str, tuple[Any, ...]]] = {
         "router_aux_loss_coef": (None, None, 0.0, 0.1),
         "router_z_loss_coef": (None, None, 0.0, 0.001),
         "base_router_aux_loss_coef": (None, None, 0.0, 0.02),
-        "target_modules": (None, None, None, ["mlp"], r".*layers\.0\.mlp", "(", ["nothing"]),
+        "target_modules": (None, None, "mlp", ["mlp"], r".*layers\.0\.mlp", "(", ["nothing"]),
         "layers_to_transform": (None, None, None, 0, [1], [7]),
+        "linear_target_modules": (None, None, ["q_proj", "v_proj"], "all-linear", ["gate"], ["up_proj"]),
+        "linear_rank": (None, None, 2, 0),
     },
     "tt_lora": {
         "rank": (None, 1, 3),
