@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch.distributed as dist
 from axolotl.utils.dict import DictDefault
-from axolotl.utils.distributed import is_main_process
 
 from ..launcher import register_in_children
 
@@ -16,7 +16,8 @@ _WEIGHTS_OF_MODELS = ("model*.safetensors", "pytorch_model*.bin")
 def finish(cfg: DictDefault) -> None:
     """Leave the adapter as what loads it expects it, and have lm_eval, if the YAML asks for it, load it."""
     # the host calls twice, and before it has left its other processes it saves by that file (FSDP2)
-    if is_main_process() and not (dist.is_available() and dist.is_initialized()):
+    is_connected = dist.is_available() and dist.is_initialized()
+    if not is_connected and os.environ.get("RANK", "0") == "0":
         remove_model_config(Path(cfg.output_dir))
     if cfg.lm_eval_tasks and cfg.lm_eval_post_train:
         evaluate_adapter(cfg)
