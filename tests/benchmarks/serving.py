@@ -2,7 +2,8 @@
 
 python -m tests.benchmarks.serving BASE ADAPTER [--requests 16] [--new-tokens 16] [--repeats 5]
 
-Two engines in one process take turns, both in vLLM's Transformers backend; each round has prompts of its own.
+Two engines in one process take turns, both in vLLM's Transformers backend; each round has prompts of its own. On a CPU
+the process's own time counts, so that other programs do not: give it one thread (OMP_NUM_THREADS=1).
 """
 
 from __future__ import annotations
@@ -58,10 +59,16 @@ def generate_with_vllm(arguments: argparse.Namespace, **options: Any) -> Callabl
     return generate
 
 
+def seconds() -> float:
+    import torch
+
+    return time.perf_counter() if torch.accelerator.is_available() else time.process_time()
+
+
 def tokens_per_second(generate: Callable[[Prompts], None], prompts: Prompts, arguments: argparse.Namespace) -> float:
-    start = time.perf_counter()
+    start = seconds()
     generate(prompts)
-    return len(prompts) * arguments.new_tokens / (time.perf_counter() - start)
+    return len(prompts) * arguments.new_tokens / (seconds() - start)
 
 
 def main() -> None:
