@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -61,13 +63,12 @@ def serving(adapter: Path, *options: str, work: Path) -> Iterator[Server]:
     Args:
         adapter: a folder.
         options: of the command.
-        work: for its log and temporary files.
+        work: for its log.
     """
-    scratch = work / "scratch"
-    scratch.mkdir()
     with socket.socket() as unused:
         unused.bind(("localhost", 0))
         port = unused.getsockname()[1]
+    scratch = Path(tempfile.mkdtemp())  # a short name: sockets go there
     paths = os.pathsep.join([str(ROOT), str(ROOT / "axolotl_moe_peft" / "commands")])
     environment = os.environ | {"PYTHONPATH": paths, "TMPDIR": str(scratch), "VLLM_CPU_KVCACHE_SPACE": "1"}
     environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
@@ -82,6 +83,7 @@ def serving(adapter: Path, *options: str, work: Path) -> Iterator[Server]:
         if process.poll() is None:
             process.terminate()
             process.wait(_STOP)
+        shutil.rmtree(scratch)
 
 
 def _wait_until_up(process: subprocess.Popen, port: int, log: Path) -> None:
