@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from tests.moe_families import tiny_family_model
 from tests.tiny_adapters import randomised
@@ -46,12 +46,18 @@ def save_base(family: str, folder: Path, **sizes: Any) -> PreTrainedModel:
     """A tiny model, saved and loaded, with weights that are large enough for greedy tokens that differ.
 
     Args:
-        family: of MoE models, or llama.
+        family: of MoE models, or llama or mistral. An engine in this process makes the family's classes those of vLLM,
+            so files of tests, which may share a process, have families of their own.
         folder: where it is saved.
         sizes: of its configuration.
     """
     if family == "llama":
         model = tiny_model(family, hidden_size=sizes["hidden_size"])
+    elif family == "mistral":
+        shared = {"hidden_size": sizes["hidden_size"], "intermediate_size": 64, "num_hidden_layers": 2}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+        config = MistralConfig(vocab_size=VOCAB_SIZE, max_position_embeddings=512, **shared, **heads)
+        model = AutoModelForCausalLM.from_config(config)
     else:
         model = tiny_family_model(family, **sizes)
     with torch.no_grad():

@@ -17,6 +17,7 @@ from tests.tiny_models import EOS
 
 pytestmark = pytest.mark.serve
 
+_FAMILY = "dots1"
 TEXTS = [f"{'Why ' * (i % 5)}number {i}?" for i in range(16)]
 
 
@@ -29,7 +30,7 @@ def config_of(method: str, folder: Path) -> PeftConfig:
         return PTMoeConfig(num_virtual_tokens=6, num_experts=3, rank=4, task_type="CAUSAL_LM")
     experts = [{"name": name, "path": str(folder / name)} for name in ("a", "b")]
     for seed, expert in enumerate(experts):
-        base = save_base("mixtral", folder / "base", **SIZES)
+        base = save_base(_FAMILY, folder / "base", **SIZES)
         save_adapter(base, TTLoraConfig(task_type="CAUSAL_LM"), Path(expert["path"]), seed)
     return TTLoraMoeConfig(experts=experts, router="embedding_linear", task_type="CAUSAL_LM")
 
@@ -37,7 +38,7 @@ def config_of(method: str, folder: Path) -> PeftConfig:
 @pytest.mark.parametrize("method", ["perft", "tt_lora", "tt_lora_moe", "pt_moe"])
 def test_a_client_gets_the_tokens_of_generate(method: str, tmp_path: Path) -> None:
     config = config_of(method, tmp_path)
-    base = save_base("mixtral", tmp_path / "base", **SIZES)
+    base = save_base(_FAMILY, tmp_path / "base", **SIZES)
     save_tokenizer(tmp_path / "base")
     model = save_adapter(base, config, tmp_path / "adapter")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")

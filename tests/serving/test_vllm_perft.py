@@ -41,7 +41,7 @@ class Case:
 
     @property
     def architecture(self) -> str:
-        return "PerftDenseForCausalLM" if self.family == "llama" else "PerftForCausalLM"
+        return "PerftDenseForCausalLM" if self.family == "mistral" else "PerftForCausalLM"
 
 
 def case(
@@ -73,7 +73,7 @@ CASES = {
     "granitemoe routed": case("granitemoe", "routed"),
     "mixtral dense": case("mixtral", "dense"),
     "mixtral single": case("mixtral", "single"),
-    "llama routed": case("llama", "routed", target_modules="mlp"),
+    "mistral routed": case("mistral", "routed", target_modules="mlp"),
     # last: after it vLLM cannot make another engine in this process
     "mixtral routed, n-gram speculation": case(
         "mixtral",

@@ -33,7 +33,7 @@ OPTIONS = [
 @pytest.fixture(scope="module")
 def perft(tmp_path_factory: pytest.TempPathFactory) -> PeftModel:
     folder = tmp_path_factory.mktemp("perft")
-    base = save_base("olmoe", folder / "base", **SIZES)
+    base = save_base("flex_olmo", folder / "base", **SIZES)
     save_tokenizer(folder / "base")
     config = PerftConfig(num_experts=6, rank=4, task_type="CAUSAL_LM")
     return save_adapter(base, config, folder / "my-adapter")
