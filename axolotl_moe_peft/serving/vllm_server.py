@@ -10,6 +10,7 @@ import signal
 from collections.abc import Callable
 
 import uvloop
+from transformers import AutoConfig
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.launchers.api_server.entry import build_and_serve, build_async_engine_client
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
@@ -30,15 +31,25 @@ def serve(argv: list[str], route_of: Callable[[EngineClient], Route] | None = No
         route_of: makes a router once the engine is there.
 
     Raises:
-        ValueError: the options do not go with each other, or not with a router before the engine.
+        ValueError: the base model is quantised, or the options do not go with a router before the engine.
     """
     cli_env_setup()
     args = make_arg_parser(FlexibleArgumentParser(prog="moe-serve")).parse_args(argv)
     args.model = args.model_tag
     validate_parsed_serve_args(args)
+    _check_base(args)
     _check_options(args, routed=route_of is not None)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the server has its own
     uvloop.run(_run(args, route_of))
+
+
+def _check_base(args: argparse.Namespace) -> None:
+    base = AutoConfig.from_pretrained(args.model_tag, revision=args.revision, trust_remote_code=args.trust_remote_code)
+    if args.quantization or getattr(base, "quantization_config", None):
+        raise ValueError(
+            f"{args.model_tag!r} is or becomes a quantised base model, beside which no adapter is served by vLLM. "
+            "Give the base in 16 bits (--base), without --quantization."
+        )
 
 
 def _check_options(args: argparse.Namespace, routed: bool) -> None:

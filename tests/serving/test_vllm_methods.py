@@ -19,6 +19,11 @@ from tests.serving.test_vllm_server import OPTIONS
 
 pytestmark = pytest.mark.serve
 
+TWO_PROCESSES = ("--tensor-parallel-size", "2")
+NGRAM = (
+    *("--speculative-config", '{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}'),
+    *("--max-num-batched-tokens", "256"),
+)
 EXPERTS = {"gsm8k": {"rank": 2, "alpha": 40}, "boolq": {"rank": 5, "alpha": 16}, "rte": {"rank": 3, "alpha": 30}}
 
 
@@ -42,10 +47,11 @@ def assert_served(server: Server, name: str, model: PeftModel) -> list[list[int]
     return expected
 
 
-def test_a_tt_lora_adapter_beside_its_base(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [(), (*TWO_PROCESSES, *NGRAM)], ids=["", "two processes, n-gram speculation"])
+def test_a_tt_lora_adapter_beside_its_base(more: tuple[str, ...], folder: Path, tmp_path: Path) -> None:
     config = TTLoraConfig(rank=5, alpha=16, task_type="CAUSAL_LM")
     model = save_adapter(base(folder), config, folder / "tt")
-    with serving(folder / "tt", *OPTIONS, work=tmp_path) as server:
+    with serving(folder / "tt", *OPTIONS, *more, work=tmp_path) as server:
         assert server.models() == [str(folder / "base"), "tt"]
         expected = assert_served(server, "tt", model)
         with model.disable_adapter():
@@ -54,8 +60,10 @@ def test_a_tt_lora_adapter_beside_its_base(folder: Path, tmp_path: Path) -> None
         assert server.completions(str(folder / "base"), prompts(), NEW_TOKENS) == of_base
 
 
-@pytest.mark.parametrize("router", ["embedding_linear", "base_hidden"])
-def test_a_pool_whose_router_chooses_for_each_request(router: str, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("router", "more"), [("embedding_linear", ()), ("base_hidden", TWO_PROCESSES)])
+def test_a_pool_whose_router_chooses_for_each_request(
+    router: str, more: tuple[str, ...], folder: Path, tmp_path: Path
+) -> None:
     entries = []
     for seed, (name, keys) in enumerate(EXPERTS.items()):
         save_adapter(base(folder), TTLoraConfig(task_type="CAUSAL_LM", **keys), folder / name, seed)
@@ -72,7 +80,7 @@ def test_a_pool_whose_router_chooses_for_each_request(router: str, folder: Path,
         model(input_ids=torch.tensor([prompt]))
         chosen.append(config.expert_names[model.chosen_experts["default"].item()])
     assert set(chosen) == set(EXPERTS)
-    with serving(folder / router, *OPTIONS, work=tmp_path) as server:
+    with serving(folder / router, *OPTIONS, *more, work=tmp_path) as server:
         assert server.models() == [str(folder / "base"), router, *(f"{router}/{name}" for name in EXPERTS)]
         expected = assert_served(server, router, model)
         for name in EXPERTS:  # each can be asked for by name, and is what the router has chosen elsewhere
@@ -92,10 +100,17 @@ def test_what_is_no_lora_to_vllm_is_refused(keys: dict[str, Any], refused: str, 
         serve(str(tmp_path / "adapter"), None, "vllm", 8000, [])
 
 
-def test_prompts_that_are_mixed_for_each_request(folder: Path, tmp_path: Path) -> None:
+def test_a_quantised_base_is_refused(folder: Path, tmp_path: Path) -> None:
+    save_adapter(base(folder), TTLoraConfig(task_type="CAUSAL_LM"), tmp_path / "adapter")
+    with pytest.raises(ValueError, match="quantised base model"):
+        serve(str(tmp_path / "adapter"), None, "vllm", 8000, ["--quantization", "fp8"])
+
+
+@pytest.mark.parametrize("more", [(), TWO_PROCESSES], ids=["", "two processes"])
+def test_prompts_that_are_mixed_for_each_request(more: tuple[str, ...], folder: Path, tmp_path: Path) -> None:
     config = PTMoeConfig(num_virtual_tokens=6, num_experts=3, rank=4, task_type="CAUSAL_LM")
     model = save_adapter(base(folder), config, folder / "pt")
-    with serving(folder / "pt", *OPTIONS, work=tmp_path) as server:
+    with serving(folder / "pt", *OPTIONS, *more, work=tmp_path) as server:
         assert server.models() == ["pt"]
         assert_served(server, "pt", model)
         with pytest.raises(openai.BadRequestError):
