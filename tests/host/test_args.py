@@ -47,8 +47,8 @@ REPLACED = {
     "lora_r": (8, ("rank", "rank")),
     "lora_alpha": (16, ("alpha", "alpha")),
     "lora_dropout": (0.05, ("dropout", "dropout")),
-    "lora_target_modules": (["q_proj"], ("target_modules", "target_modules")),
-    "lora_target_linear": (True, ("target_modules", "target_modules")),
+    "lora_target_modules": (["q_proj"], ("linear_target_modules", "target_modules")),
+    "lora_target_linear": (True, ("linear_target_modules", "target_modules")),
     "peft_layers_to_transform": ([0], ("layers_to_transform", "target_modules")),
 }
 MEANINGLESS = {
