@@ -241,6 +241,14 @@ HOST_KEYS: tuple[HostKey, ...] = (
         attribute="loss_of_its_own",
         having=False,
     ),
+    HostKey(
+        "process_reward_model",
+        "the head of a classifier of tokens would be quantised with the base before it is trained",
+        "Train on a base in 16 bits.",
+        beside=("load_in_4bit", "load_in_8bit"),
+        attribute="loss_of_its_own",
+        having=False,
+    ),
     *(
         HostKey(
             name,

@@ -16,5 +16,5 @@ def keep_trainable(model: nn.Module) -> None:
     for module in model.modules():
         if getattr(module, _PACKS, False):
             setattr(module, _PACKS, False)
-            if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
+            if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
                 module.state_dict()  # unpacks it
