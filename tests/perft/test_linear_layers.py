@@ -91,6 +91,18 @@ def test_both_parts_act_and_learn_beside_each_other(variant: str) -> None:
         assert torch.equal(model.eval()(input_ids=IDS).logits, base)
 
 
+def test_dropout_takes_parts_of_their_input_in_training_only() -> None:
+    layer = next(iter(linear_layers(perft(dropout=0.5, linear_rank=1, linear_alpha=1)).values()))
+    down_RI, up_OR = layer.perft_linear_down["default"], layer.perft_linear_up["default"]
+    with torch.no_grad():  # an update that copies the first input to the first output
+        down_RI.zero_()[0, 0] = 1.0
+        up_OR.zero_()[0, 0] = 1.0
+    x = torch.ones(200, layer.in_features)
+    added = [layer.train(mode)(x) - layer.base_layer(x) for mode in (True, False)]
+    assert set(added[0][:, 0].detach().round(decimals=4).tolist()) == {0.0, 2.0}
+    torch.testing.assert_close(added[1][:, 0], torch.ones(200), **TOLERANCE)
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpointing_has_the_same_gradients(use_reentrant: bool) -> None:
     models = [perft(router_aux_loss_coef=0.5) for _ in range(2)]
