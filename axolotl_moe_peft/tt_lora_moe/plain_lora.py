@@ -81,7 +81,7 @@ def as_tensor_train(
     """The tt_lora adapter that computes what this LoRA does: its first core is A, the second B.
 
     Layers of a lower rank than others are filled up with zeros, and where a layer's scale is another one than the
-    first layer's, its B takes the difference up; else the cores are A and B bit by bit.
+    first that is above 0, its B takes the difference up; else the cores are A and B bit by bit.
 
     Args:
         config: one that `check_is_plain` has passed.
@@ -102,7 +102,7 @@ def as_tensor_train(
         raise ValueError(f"it has {strange[0]}; a pool takes whole LoRAs of linear layers")
     rank = max(len(down_RI) for down_RI, _ in layers.values())
     scales = {name: _scale(config, name, len(down_RI)) for name, (down_RI, _) in layers.items()}
-    alpha = next(iter(scales.values()))
+    alpha = next((scale for scale in scales.values() if scale > 0), 1.0)  # a train has no other
     for name, (down_RI, up_OR) in layers.items():
         missing = rank - len(down_RI)
         others[f"{_PREFIX}{name}.ttcore_in_0"] = F.pad(down_RI.float(), (0, 0, 0, missing)).T.unsqueeze(0)

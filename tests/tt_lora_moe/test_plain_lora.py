@@ -25,6 +25,7 @@ LORAS: dict[str, dict[str, Any]] = {
     "of_more_layers": {"r": 2, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "use_rslora": True},
     "of_one_layer": {"r": 3, "target_modules": ["o_proj"], "layers_to_transform": [1]},
     "of_several_ranks": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.self_attn.v_proj": 3}},
+    "of_scales_not_above_0": {"lora_alpha": -4, "alpha_pattern": {"layers.0.self_attn.q_proj": 0}},
 }
 CONV1D: dict[str, dict[str, Any]] = {
     "attention": {"target_modules": ["c_attn"], "fan_in_fan_out": True},
