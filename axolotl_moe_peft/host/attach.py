@@ -36,6 +36,14 @@ def peft_config(cfg: DictDefault, model: PreTrainedModel | None = None) -> PeftC
     return config_cls(**settings, task_type=_task_type(model))
 
 
+def seed_the_start(cfg: DictDefault) -> None:
+    """Make what a new adapter, or a new expert of an old one, starts from that of the YAML's seed.
+
+    The host and TRL seed after they have attached it, and under FSDP2 each process keeps its part of its own start.
+    """
+    set_seed(TrainingArguments.seed if cfg.seed is None else cfg.seed)
+
+
 def _task_type(model: PreTrainedModel | None) -> TaskType:
     kind = type(model).__name__
     if kind.endswith("ForSequenceClassification"):
@@ -58,6 +66,7 @@ def attach(model: PreTrainedModel, cfg: DictDefault, inference: bool) -> tuple[P
             the base model.
     """
     config = peft_config(cfg, model)
+    seed_the_start(cfg)
     kwargs = {}
     if cfg.peft_autocast_adapter_dtype is not None:
         kwargs["autocast_adapter_dtype"] = cfg.peft_autocast_adapter_dtype
@@ -73,8 +82,6 @@ def attach(model: PreTrainedModel, cfg: DictDefault, inference: bool) -> tuple[P
             LOG.info("adding the expert %s to the pool", expert)
         model.base_model.add_what_is_new(config)
     else:
-        # the host seeds later, and under FSDP2 each process keeps its part of its own start
-        set_seed(TrainingArguments.seed if cfg.seed is None else cfg.seed)
         model = get_peft_model(model, config, **kwargs)
     _log_what_is_there(model, cfg)
     return model, config

@@ -81,9 +81,10 @@ class MoePeftPlugin(BasePlugin):
     ) -> tuple[PeftModel | None, PeftConfig] | None:
         if cfg.adapter not in METHODS:
             return None
-        from .attach import attach, peft_config
+        from .attach import attach, peft_config, seed_the_start
 
-        if config_only:
+        if config_only:  # TRL's trainers attach it
+            seed_the_start(cfg)
             return None, peft_config(cfg, model)
         return attach(model, cfg, inference)
 
