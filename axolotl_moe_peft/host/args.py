@@ -7,11 +7,12 @@ import difflib
 from typing import Any, Literal, get_type_hints
 
 from peft import PeftConfig
-from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, StrictBool, create_model, model_validator
 
 from ..registration import METHODS, config_class
-from .host_keys import BITS_AND_BYTES, QUANTISED_EXPERTS, check_host_keys, check_keys_beside_router_losses
+from .host_keys import BITS_AND_BYTES, QUANTISED_EXPERTS, REPORT, check_host_keys, check_keys_beside_router_losses
 from .on_disk import check_base_is_there
+from .report_key import check_report, wants_report
 from .rows import KEY as ROWS_WITHOUT_PROMPT
 from .saved import CONTINUED, continued, own_fields, saved_adapters
 from .spelling import check_spelling
@@ -21,6 +22,17 @@ _FOR_ROWS = {
     ROWS_WITHOUT_PROMPT: (
         Literal["raise", "drop"],
         Field(default="raise", description="Rows whose first token is supervised: an error, or left out."),
+    )
+}
+
+# keys of a block that are for the run
+_FOR_RUN = {
+    REPORT: (
+        StrictBool,
+        Field(
+            default=False,
+            description="Write routing.json and routing.html at the end of training, from the evaluation data.",
+        ),
     )
 }
 
@@ -36,6 +48,8 @@ def _block_model(config_cls: type[PeftConfig]) -> type[BaseModel]:
     }
     if "router_input" in fields:
         fields |= _FOR_ROWS
+    if config_cls.unreportable is None:
+        fields |= _FOR_RUN
     return create_model(f"{config_cls.__name__}Block", __config__=ConfigDict(extra="forbid"), **fields)
 
 
@@ -88,7 +102,10 @@ class MoePeftArgs(_Blocks):
         _check_keys_of_the_block(adapter, data[adapter], list(BLOCKS[adapter].model_fields))
         check_host_keys(data, own_keys)
         check_spelling(data, [cls])
-        return _check_command(data)
+        data = _check_command(data)
+        if wants_report(data) and not data.get("inference") and not data.get("merge_lora"):
+            check_report(data)
+        return data
 
     @model_validator(mode="after")
     def _check_block(self) -> MoePeftArgs:
@@ -133,13 +150,15 @@ def config_of(adapter: str, block: Any) -> PeftConfig:
     Raises:
         ValueError: the block is wrong.
     """
-    return CONFIGS[adapter](**BLOCKS[adapter].model_validate(block).model_dump(exclude=set(_FOR_ROWS)))
+    return CONFIGS[adapter](**BLOCKS[adapter].model_validate(block).model_dump(exclude={*_FOR_ROWS, *_FOR_RUN}))
 
 
 def _check_keys_of_the_block(adapter: str, block: Any, known: list[str]) -> None:
     if not isinstance(block, dict):
         raise ValueError(f"`{adapter}:` is {block!r}; it is a block of keys: {', '.join(known)}.")
     for key in block:
+        if key == REPORT and (reason := CONFIGS[adapter].unreportable):
+            raise ValueError(f"{adapter}.{key}: {reason}, so that there is nothing to report; remove it.")
         if key not in known:
             nearest = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean `{nearest[0]}`? " if nearest else ""

@@ -21,8 +21,11 @@ from transformers import (
     PreTrainedModel,
 )
 
+from ..perft.selection import find_moe_blocks
 from .attach import peft_config
+from .host_keys import REPORT
 from .quantised import check_published_format, check_routers_read_float16, check_stacked_experts
+from .report_key import wants_report
 from .saved import CONTINUED, continued
 
 
@@ -40,6 +43,11 @@ def check_base_model(cfg: DictDefault) -> None:
         model = model_without_weights(cfg)
     if model is None:
         return  # remote code or a classifier: the check waits until it is loaded
+    if wants_report(cfg) and not config.has_router and not find_moe_blocks(model):
+        raise ValueError(
+            f"{cfg.adapter}.{REPORT}: true reports what routers do, and neither this adapter nor the base model "
+            f"({type(model).__name__}) has one. Remove the key."
+        )
     check_stacked_experts(cfg, model)
     check_routers_read_float16(cfg, model)
     # where the base's code needs values (JetMoe's router counts tokens in Python) the check waits until it is loaded

@@ -1,10 +1,11 @@
 """What a router needs of an Axolotl dataset: from the YAML to its rows, and from there to the batch.
 
-That is `expert:`, which becomes a column of the rows, and that every row has a prompt. The host's schema drops keys
+That is `expert:`, which becomes a column of the rows, that every row has a prompt, and for a report of the routing the
+name of the dataset that a row is from. The host's schema drops keys
 that it does not know, and its dataset cache does not look at them. So what is wanted moves to `conversation`, a key
 without use that the schema keeps and the cache's hash contains, and `type` becomes this module, which the host then
 loads as a prompt strategy. The strategy leaves the rows to the type that was given, looks through them and adds the
-column `expert_labels`.
+columns.
 """
 
 from __future__ import annotations
@@ -25,10 +26,15 @@ from ..shared.batches import IGNORE_INDEX
 from .rows import check_rows_have_prompts, drop_rows_without_prompt
 
 COLUMN = "expert_labels"
+DATASET_COLUMN = "dataset_name"
 
 
 def tag_dataset(
-    dataset: DictDefault, name: str, expert_names: list[str] | None, rows_without_prompt: str | None
+    dataset: DictDefault,
+    name: str,
+    expert_names: list[str] | None,
+    rows_without_prompt: str | None,
+    name_of_rows: str | None = None,
 ) -> None:
     """Let the host load a dataset of the raw YAML through this module; see its description.
 
@@ -37,12 +43,15 @@ def tag_dataset(
         name: which entry it is, for messages.
         expert_names: in the order of the router's logits; None where rows belong to no expert.
         rows_without_prompt: `raise` or `drop`; None where the router reads whole sequences.
+        name_of_rows: what its rows are to be told by in a report; None without one.
     """
     expert = dataset.pop("expert", None)
     tag = {"name": name, "type": dataset.get("type"), "rows_without_prompt": rows_without_prompt}
     if expert_names is not None:
         tag["label"] = IGNORE_INDEX if expert is None else expert_names.index(expert)
         tag["expert"] = expert
+    if name_of_rows is not None:
+        tag["dataset"] = name_of_rows
     dataset["conversation"] = json.dumps(tag, sort_keys=True)
     dataset["type"] = __name__
 
@@ -77,10 +86,12 @@ class _ForRouter(DatasetWrappingStrategy):
             rows = drop_rows_without_prompt(self.tag["name"], rows)
         elif self.tag["rows_without_prompt"]:
             check_rows_have_prompts(self.tag["name"], rows, self.arguments["tokenizer"])
-        if "label" not in self.tag:
-            return rows
-        label = [self.tag["label"]]
-        return rows.map(lambda row: {COLUMN: label})
+        columns: dict[str, Any] = {}
+        if "label" in self.tag:
+            columns[COLUMN] = [self.tag["label"]]
+        if "dataset" in self.tag:
+            columns[DATASET_COLUMN] = self.tag["dataset"]
+        return rows.map(lambda row: columns) if columns else rows
 
 
 class ExpertLabelCollator:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
@@ -16,6 +17,7 @@ from axolotl.utils.schemas.config import AxolotlInputConfig
 from peft import PeftConfig
 
 from .args import CONFIGS, config_of
+from .report_key import wants_report
 from .rows import KEY as ROWS_WITHOUT_PROMPT
 from .spelling import check_spelling
 
@@ -54,7 +56,8 @@ def prepare_datasets(cfg: dict[str, Any]) -> None:
         _warn_of_experts_without_rows(datasets, config)
     classifies = cfg.get("reward_model") or cfg.get("process_reward_model")  # of which routers read the whole rows
     reads_prompts = config.reads_prompts and not classifies
-    if config.needs_expert_labels or reads_prompts:
+    names = _names(datasets) | _names(test_datasets) if wants_report(cfg) else {}
+    if config.needs_expert_labels or reads_prompts or names:
         from .dataset_strategy import tag_dataset
 
         for what, dataset in datasets + test_datasets:
@@ -63,6 +66,7 @@ def prepare_datasets(cfg: dict[str, Any]) -> None:
                 f"{what} ({dataset.get('path')})",
                 config.expert_names if config.needs_expert_labels else None,
                 (cfg[adapter].get(ROWS_WITHOUT_PROMPT) or "raise") if reads_prompts else None,
+                names.get(what),
             )
 
 
@@ -70,6 +74,18 @@ def _entries(data: Mapping[str, Any], key: str) -> list[tuple[str, Any]]:
     """The entries of a list of datasets, each with its place in it; what is no entry is left out."""
     entries = data.get(key) if isinstance(data.get(key), list) else []
     return [(f"{key}[{i}]", entry) for i, entry in enumerate(entries) if isinstance(entry, Mapping)]
+
+
+def _names(entries: list[tuple[str, Any]]) -> dict[str, str]:
+    """What a report calls the datasets of one list, by their places: paths, and what else sets those apart."""
+    names = {what: str(dataset.get("path")) for what, dataset in entries}
+    for key in ("name", "split"):
+        count = Counter(names.values())
+        for what, dataset in entries:
+            if count[names[what]] > 1 and dataset.get(key):
+                names[what] = f"{names[what]} ({dataset[key]})"
+    count = Counter(names.values())
+    return {what: f"{what}: {name}" if count[name] > 1 else name for what, name in names.items()}
 
 
 def _check_rows_for_rewards(cfg: Mapping[str, Any], datasets: list[tuple[str, Any]]) -> None:

@@ -8,10 +8,11 @@ from typing import Any
 
 from peft import PeftConfig
 
-from ..registration import config_class
+from ..registration import METHODS, config_class
 
 BITS_AND_BYTES = ("load_in_4bit", "load_in_8bit")
 QUANTISED_EXPERTS = "quantize_moe_experts"
+REPORT = "routing_report"  # of an adapter's block
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,22 @@ HOST_KEYS: tuple[HostKey, ...] = (
         "saved adapter",
         "Remove the key, or shard the base with `fsdp_version: 2` and `fsdp_config`.",
         attribute="frozen_parts",
+    ),
+    *(
+        HostKey(
+            name,
+            f"the report runs rows of tokens with answers through the model, and {reason}",
+            f"Remove `{REPORT}`.",
+            attribute="unreportable",
+            having=False,
+            beside=tuple(f"{method}.{REPORT}" for method in METHODS if not config_class(method).unreportable),
+        )
+        for name, reason in (
+            ("rl", "these are prompts or pairs of answers"),
+            ("reward_model", "these are pairs of answers"),
+            ("process_reward_model", "these have classes for labels"),
+            ("processor_type", "these become tokens only in the trainer's collator"),
+        )
     ),
     HostKey(
         "processor_type",

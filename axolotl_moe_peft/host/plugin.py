@@ -93,10 +93,13 @@ class MoePeftPlugin(BasePlugin):
             return []
         from .trainer import prepare_trainer
 
-        return prepare_trainer(cfg, trainer)
+        self._callbacks = prepare_trainer(cfg, trainer)
+        return self._callbacks
 
     def post_train(self, cfg: DictDefault, model: PeftModel) -> None:
         if cfg.adapter in METHODS:
+            from .report import check_that_it_was_written
             from .trained import finish
 
             finish(cfg)
+            check_that_it_was_written(self._callbacks)

@@ -11,6 +11,8 @@ from .args import CONFIGS
 from .callback import AdapterCallback
 from .dataset_strategy import COLUMN, ExpertLabelCollator
 from .fsdp2 import Fsdp2Checkpoints
+from .report import RoutingReport
+from .report_key import wants_report
 from .rows import check_rows_have_prompts
 
 
@@ -35,6 +37,8 @@ def prepare_trainer(cfg: DictDefault, trainer: Trainer) -> list[TrainerCallback]
     if cfg.rl and "ref" in trainer.model.peft_config:
         _copy_into_reference(trainer.model)
     callbacks: list[TrainerCallback] = [AdapterCallback(cfg, trainer)]
+    if wants_report(cfg):
+        callbacks.append(RoutingReport(cfg, trainer))
     if trainer.accelerator.is_fsdp2:
         callbacks.append(Fsdp2Checkpoints(cfg, trainer))
     return callbacks

@@ -129,6 +129,10 @@ class PerftConfig(ModulesToSaveConfig):
         return f"PERFT ({self.variant}, {count}rank: {self.rank})"
 
     @property
+    def has_router(self) -> bool:
+        return self.variant == "routed"
+
+    @property
     def idle_fields(self) -> dict[str, tuple[str, Any]]:
         needs = {
             "alpha": ("expert_type", "lora"),

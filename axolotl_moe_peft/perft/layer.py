@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..shared.auxiliary import AuxiliaryLosses
+from ..shared.choices import note_choices
 from ..shared.routing import Routing, acting_losses
 from ..shared.tuner import TunerLayer
 from .block import FeedForward, MoeBlock
@@ -155,6 +156,8 @@ class PerftLayer(nn.Module, TunerLayer):
         config = self.perft_config[adapter_name]
         x_TD = hidden_states.reshape(-1, self.block.hidden_size)
         addition = VARIANTS[config.variant].add_to_block(self.adapter(adapter_name), x_TD, routing)
+        if addition.routing is not None and self.block.reads_text:
+            note_choices(adapter_name, self.block.name, addition.routing)
         if addition.delta_TD is None:
             return self._add_router_losses(adapter_name, out, addition.routing, routing)
         # to what is added, not to the sum, to which some layers add in place (Falcon's)

@@ -70,8 +70,12 @@ class PTMoeConfig(ModulesToSaveConfig):
         return f"PT-MoE (experts: {self.num_experts}, virtual tokens: {self.num_virtual_tokens})"
 
     @property
+    def has_router(self) -> bool:
+        return self.num_experts > 1  # a single prompt is not chosen
+
+    @property
     def reads_prompts(self) -> bool:
-        return self.router_input == "prompt" and self.num_experts > 1  # a single prompt is not chosen
+        return self.router_input == "prompt" and self.has_router
 
     @property
     def positions_before_text(self) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..shared.auxiliary import AuxiliaryLosses
 from ..shared.batches import Sequences
+from ..shared.choices import note_choices
 from ..shared.precision import without_autocast
 from ..shared.routing import Routing, router_logits, top_k_routing
 from .config import PTMoeConfig
@@ -136,9 +137,9 @@ class PTMoeLayer(nn.Module, BaseTunerLayer):
         if not config.scale_by_router_prob:
             weights_QK = 0 * weights_QK + 1
         weights_QN = torch.zeros_like(logits_QN).scatter(1, indices_QK, weights_QK)
-        loss = None
+        loss, routing = None, Routing(logits_QN, indices_QK)
+        note_choices(adapter_name, None, routing)
         if self.ptmoe_experts[adapter_name].requires_grad:
-            routing = Routing(logits_QN, indices_QK)
             loss = self.auxiliary.losses(adapter_name, "prompt", config, routing, padded=False)
         return weights_QN, loss
 

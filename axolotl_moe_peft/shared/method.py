@@ -17,6 +17,7 @@ class Method:
         needs_expert_labels: whether every training row belongs to an expert, whose number is the router's label.
         frozen_parts: what of a saved adapter is not trained.
         loss_of_its_own: which loss it trains by instead of that of the logits.
+        unreportable: why there is no report of its routing; None: there is, of its routers or the base's.
         trains_modules_of_the_base: whether PEFT trains and saves modules and tokens of the base beside it.
     """
 
@@ -26,6 +27,7 @@ class Method:
     needs_expert_labels: ClassVar[bool] = False
     frozen_parts: ClassVar[str | None] = None
     loss_of_its_own: ClassVar[str | None] = None
+    unreportable: ClassVar[str | None] = None
     trains_modules_of_the_base: ClassVar[bool] = False
 
     @property
@@ -36,6 +38,11 @@ class Method:
     @property
     def reads_prompts(self) -> bool:
         """Whether its router reads what comes before the labels, so that every training row needs a prompt."""
+        return False
+
+    @property
+    def has_router(self) -> bool:
+        """Whether there is a router of the adapter's own."""
         return False
 
     @property

@@ -56,6 +56,7 @@ class TTLoraConfig(ModulesToSaveConfig):
     )
 
     training_fields: ClassVar[tuple[str, ...]] = ("dropout", "init")
+    unreportable: ClassVar[str | None] = "a TT-LoRA has no router"
 
     @property
     def title(self) -> str:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..shared.batches import IGNORE_INDEX, Sequences, find_sequences
+from ..shared.choices import note_choices
 from ..shared.decoder import decoder_of
 from ..shared.fingerprint import Fingerprints
 from ..shared.generation import (
@@ -31,6 +32,7 @@ from ..shared.generation import (
     keep,
     only_input,
 )
+from ..shared.routing import Routing
 from ..shared.statistics import Figures, RouterStatistics
 from .config import TTLoraMoeConfig
 from .head import head_name
@@ -183,6 +185,7 @@ class ExpertChooser:
         sequences = only_input(self.sequences(config, batch), stream)
         logits_NE = self.router(self.features(config, sequences, batch).for_logits_NH, adapter_name)
         expert_N = self.chosen_experts[adapter_name] = logits_NE.argmax(-1)
+        note_choices(adapter_name, None, Routing(logits_NE, expert_N.unsqueeze(1)))
         if self.running.expert_labels is not None:
             labels_N = labels_of_sequences(self.running.expert_labels, sequences)
             figures = self.eval_statistics.of(adapter_name)

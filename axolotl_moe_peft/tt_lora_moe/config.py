@@ -75,6 +75,10 @@ class TTLoraMoeConfig(AdapterConfig):
         return f"TT-LoRA MoE (experts: {', '.join(self.expert_names)})"
 
     @property
+    def has_router(self) -> bool:
+        return True
+
+    @property
     def reads_prompts(self) -> bool:
         return self.router_input == "prompt"
 

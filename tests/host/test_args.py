@@ -443,3 +443,14 @@ def test_deepspeed_is_refused_where_the_adapter_has_frozen_parts(deepspeed: str 
     datasets = [{"path": "rows.jsonl", "type": "chat_template", "expert": "a"}]
     with pytest.raises(ValueError, match="`deepspeed` does not work .* `fsdp_version: 2`"):
         load(**keys_of("tt_lora_moe", block), datasets=datasets, deepspeed=deepspeed)
+
+
+def test_a_report_needs_evaluation_data_and_a_router(load: Load) -> None:
+    report = {"perft": {"routing_report": True}}
+    with pytest.raises(ValueError, match="perft.routing_report: true needs evaluation data"):
+        load(**report, val_set_size=0)
+    assert load(**report, val_set_size=0.1).perft.routing_report is True
+    tests = [{"path": "more.jsonl", "type": "chat_template", "split": "train"}]
+    assert load(**report, val_set_size=0, test_datasets=tests).perft.routing_report is True
+    with pytest.raises(ValueError, match="tt_lora.routing_report: a TT-LoRA has no router, so that there is nothing"):
+        load(adapter="tt_lora", perft=None, tt_lora=report["perft"], val_set_size=0.1)

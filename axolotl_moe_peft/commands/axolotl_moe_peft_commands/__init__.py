@@ -42,6 +42,24 @@ def moe_memory(config: str) -> None:
     click.echo(text)
 
 
+@click.command("moe-report", short_help="show where an adapter's routers send what")
+@click.argument("config", type=click.Path(exists=True, dir_okay=False))
+@click.option("--lora-model-dir", help="Folder or hub id of the adapter.  [default: that of the YAML, or output_dir]")
+@click.option("--output-dir", help="Where the report goes.  [default: output_dir of the YAML]")
+def moe_report(config: str, lora_model_dir: str | None, output_dir: str | None) -> None:
+    """Run the evaluation data of the YAML CONFIG through its trained adapter; write routing.json and routing.html.
+
+    They say which experts the routers of the adapter, and those of the base model, send what to. On several GPUs:
+    accelerate launch -m axolotl_moe_peft.report CONFIG.
+    """
+    from axolotl_moe_peft.host.report_command import load_config, report_saved
+
+    try:
+        report_saved(load_config(config, lora_model_dir, output_dir))
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+
+
 @click.command(
     "moe-serve",
     short_help="serve an adapter behind an OpenAI-compatible API",
