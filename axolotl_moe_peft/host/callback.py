@@ -11,15 +11,21 @@ from peft.tuners.tuners_utils import BaseTuner
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
+from ..shared.statistics import usage_entropy
 from ..shared.summary import format_memory
 
 LOG = get_logger(__name__)
 
+# A router whose choices have less entropy than this (1 is uniform) over that many steps has collapsed.
+_COLLAPSED, _COLLAPSE_STEPS = 0.2, 50
 _RUNTIME = "_runtime"  # a figure of every evaluation's line, behind the prefix of the set
 
 
 class AdapterCallback(TrainerCallback):
-    """Puts the routers' figures on the host's log line; checks and logs, once, what the optimiser holds."""
+    """Puts the routers' figures on the host's log line; checks and logs, once, what the optimiser holds.
+
+    It warns once if a router sends nearly everything to one expert.
+    """
 
     def __init__(self, cfg: DictDefault, trainer: Trainer) -> None:
         self.cfg = cfg
@@ -27,6 +33,7 @@ class AdapterCallback(TrainerCallback):
         self.fresh = not cfg.lora_model_dir
         self.prediction_steps = 0
         self.memory_is_logged = False
+        self.usage_since: int | None = None  # the step after which usage is counted; None once it was warned
         self.log_line = LogLine()
         trainer.callback_handler.callbacks.insert(0, self.log_line)
 
@@ -34,6 +41,7 @@ class AdapterCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.fresh = False
+        self.usage_since = state.global_step
         if not self.trainer.is_deepspeed_enabled:  # DeepSpeed's optimiser holds flat copies
             _check_optimizer(kwargs["model"], kwargs["optimizer"])
 
@@ -45,7 +53,10 @@ class AdapterCallback(TrainerCallback):
             rows = self._tuner(kwargs["model"]).parameter_rows()
             LOG.info("memory of the adapter: %s", format_memory(rows, kwargs["optimizer"]))
         if control.should_log:
-            self.log_line.of_training = self._read(self._tuner(kwargs["model"]), "statistics")
+            tuner = self._tuner(kwargs["model"])
+            self.log_line.of_training = self._read(tuner, "statistics")
+            if self.usage_since is not None and state.global_step - self.usage_since >= _COLLAPSE_STEPS:
+                self.usage_since = None if self._warn_of_collapse(tuner, state.global_step) else state.global_step
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -76,12 +87,39 @@ class AdapterCallback(TrainerCallback):
     def _tuner(self, model: torch.nn.Module) -> BaseTuner:
         return self.trainer.accelerator.unwrap_model(model).base_model
 
+    def _warn_of_collapse(self, tuner: BaseTuner, step: int) -> bool:
+        """Warn if the choices since `usage_since` were nearly all of one expert, in any layer's router."""
+        statistics = getattr(tuner, "statistics", None)
+        if statistics is None:
+            return False
+        usage = statistics.pop_usage(self._sum)
+        collapsed = {key: n for key, n in usage.items() if n.sum() and usage_entropy(n) < _COLLAPSED}
+        if not collapsed:
+            return False
+        (adapter, layer), counts_N = max(collapsed.items(), key=lambda item: item[1].max() / item[1].sum())
+        LOG.warning(
+            "%s: %d of %d routers have collapsed: in %s of the choices since step %d took expert %d of %d (%s). %s",
+            self.cfg.adapter,
+            len(collapsed),
+            len(usage),
+            f"{layer} {counts_N.max() / counts_N.sum():.0%}",
+            self.usage_since,
+            int(counts_N.argmax()),
+            len(counts_N),
+            f"entropy under {_COLLAPSED} until step {step}",
+            tuner.peft_config[adapter].against_collapse,
+        )
+        return True
+
+    def _sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.trainer.accelerator.reduce(tensor, "sum")
+
     def _read(self, tuner: BaseTuner, figures_of: str) -> dict[str, float]:
         """What the tuner has recorded since the last time."""
         statistics = getattr(tuner, figures_of, None)
         if statistics is None:
             return {}
-        return statistics.pop(lambda tensor: self.trainer.accelerator.reduce(tensor, "sum"))
+        return statistics.pop(self._sum)
 
 
 class LogLine(TrainerCallback):

@@ -9,6 +9,7 @@ from peft.utils import PeftType
 from transformers.activations import ACT2FN
 
 from ..shared.config import ModulesToSaveConfig, check_target_modules
+from ..shared.routing import ROUTER_AUX_LOSS_SCOPE, SCOPES
 
 DENSE_MLPS = "mlp"  # as `target_modules`
 _CHOICES = {
@@ -16,6 +17,7 @@ _CHOICES = {
     "expert_type": ("lora", "parallel_adapter"),
     "gate_weights": ("own", "base"),
     "init": ("zero", "paper"),
+    "router_aux_loss_scope": SCOPES,
 }
 
 
@@ -78,6 +80,9 @@ class PerftConfig(ModulesToSaveConfig):
     router_aux_loss_coef: float = field(
         default=0.01, metadata={"help": "Load-balancing loss of the adapters' own router. routed only."}
     )
+    router_aux_loss_scope: Literal["micro_batch", "global_batch"] = field(
+        default="micro_batch", metadata={"help": ROUTER_AUX_LOSS_SCOPE}
+    )
     router_z_loss_coef: float = field(
         default=0.0, metadata={"help": "z-loss of the adapters' own router. routed only."}
     )
@@ -115,8 +120,12 @@ class PerftConfig(ModulesToSaveConfig):
         "dropout",
         "init",
         "router_aux_loss_coef",
+        "router_aux_loss_scope",
         "router_z_loss_coef",
         "base_router_aux_loss_coef",
+    )
+    against_collapse: ClassVar[str] = (
+        "Their adapters do the work of one. Raise `router_aux_loss_coef`, or lower the learning rate."
     )
     unmergeable: ClassVar[str] = (
         "it runs in parallel with the MoE block or MLP, partly chosen per token, and no weight of the base model "
@@ -141,6 +150,9 @@ class PerftConfig(ModulesToSaveConfig):
             "router_z_loss_coef": ("variant", "routed"),
         }
         idle = {name: need for name, need in needs.items() if getattr(self, need[0]) != need[1]}
+        own = "router_aux_loss_coef" if self.variant == "routed" else "base_router_aux_loss_coef"
+        if not getattr(self, own) and not self.base_router_aux_loss_coef:
+            idle["router_aux_loss_scope"] = (own, 0.01)
         if not self.linear_target_modules:
             idle |= dict.fromkeys(("linear_rank", "linear_alpha"), ("linear_target_modules", "[q_proj, v_proj]"))
         return idle

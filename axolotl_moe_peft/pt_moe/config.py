@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 from peft.utils import PeftType
 
 from ..shared.config import ModulesToSaveConfig
+from ..shared.routing import ROUTER_AUX_LOSS_SCOPE, SCOPES
 
 
 @dataclass
@@ -53,8 +54,20 @@ class PTMoeConfig(ModulesToSaveConfig):
     router_aux_loss_coef: float = field(
         default=0.0, metadata={"help": "Load-balancing loss of the router, over sequences."}
     )
+    router_aux_loss_scope: Literal["micro_batch", "global_batch"] = field(
+        default="micro_batch", metadata={"help": ROUTER_AUX_LOSS_SCOPE}
+    )
 
-    training_fields: ClassVar[tuple[str, ...]] = ("router_noise_std", "router_aux_loss_coef", "init_text")
+    training_fields: ClassVar[tuple[str, ...]] = (
+        "router_noise_std",
+        "router_aux_loss_coef",
+        "router_aux_loss_scope",
+        "init_text",
+    )
+    against_collapse: ClassVar[str] = (
+        "The mixture is one prompt. Raise `router_aux_loss_coef` (with little rows a micro-batch, and "
+        "`router_aux_loss_scope: global_batch`), or take `num_experts: 1`, which has no router."
+    )
     unmergeable: ClassVar[str] = (
         "it is a prompt before the text, chosen per sequence, and no weight of the base model computes that"
     )
@@ -76,6 +89,10 @@ class PTMoeConfig(ModulesToSaveConfig):
     @property
     def reads_prompts(self) -> bool:
         return self.router_input == "prompt" and self.has_router
+
+    @property
+    def idle_fields(self) -> dict[str, tuple[str, Any]]:
+        return {} if self.router_aux_loss_coef else {"router_aux_loss_scope": ("router_aux_loss_coef", 0.01)}
 
     @property
     def positions_before_text(self) -> int:
@@ -117,6 +134,11 @@ class PTMoeConfig(ModulesToSaveConfig):
                 )
         if self.router_input not in ("prompt", "sequence"):
             raise ValueError(f"pt_moe.router_input: {self.router_input!r} is not known; use one of prompt, sequence.")
+        if self.router_aux_loss_scope not in SCOPES:
+            raise ValueError(
+                f"pt_moe.router_aux_loss_scope: {self.router_aux_loss_scope!r} is not known; use one of "
+                f"{', '.join(SCOPES)}."
+            )
         if self.num_experts == 1 and self.router_aux_loss_coef:
             raise ValueError(
                 f"pt_moe.router_aux_loss_coef: {self.router_aux_loss_coef} means nothing with num_experts: 1, which "

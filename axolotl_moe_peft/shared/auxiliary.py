@@ -19,7 +19,7 @@ import inspect
 import warnings
 from collections import Counter
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 from weakref import WeakSet
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from .batches import IGNORE_INDEX, predicts_tokens, real_token_mask
+from .global_batch import GlobalBatch
 from .routing import ROUTER_LOSSES, Routing, acting_losses, expert_counts
 from .statistics import RouterStatistics
 from .trainer_step import TrainerStep, current_step, labels_of, padding_mask_of, watch_trainers
@@ -59,6 +60,8 @@ class ForwardPass:
         module: the module whose call it is; None once it has returned: layers called later are recomputed by
             checkpointing.
         runs: how often each adapter's layers have run in it; a layer's loss is the mean over its runs.
+        loads: of each router, the choices per token of every expert in the global batch so far, (N,), if it is asked
+            for; layers that checkpointing recomputes find it as it was.
     """
 
     token_mask: Tensor | None = None
@@ -68,6 +71,7 @@ class ForwardPass:
     training: bool = True
     module: nn.Module | None = None
     runs: Counter[Hashable] = field(default_factory=Counter)
+    loads: dict[Hashable, Tensor] = field(default_factory=dict)
 
     @property
     def running(self) -> bool:
@@ -135,6 +139,7 @@ class AuxiliaryLosses:
         self.current: ForwardPass | None = None
         self.statistics = RouterStatistics()
         self._unread: WeakSet[ForwardPass] = WeakSet()  # passes whose scale nobody has read yet
+        self._global_batch = GlobalBatch()
         self._handles = []
         for module in _callable_parts(model):
             self._handles += [
@@ -143,10 +148,11 @@ class AuxiliaryLosses:
             ]
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"current": None, "_unread": None}  # a copy of the model is in no pass
+        # a copy of the model is in no pass
+        return vars(self) | {"current": None, "_unread": None, "_global_batch": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state | {"_unread": WeakSet()})
+        vars(self).update(state | {"_unread": WeakSet(), "_global_batch": GlobalBatch()})
 
     def detach(self) -> None:
         """Stop following the model."""
@@ -202,8 +208,13 @@ class AuxiliaryLosses:
         if figures is not None and not prefix:
             figures.record_usage(layer, expert_counts(routing.indices_TK, routing.logits_TN.shape[-1], mask_T))
         count = float(len(routing.logits_TN) > 0) if mask_T is None else mask_T.any()
-        total = None
-        for name, coef in acting_losses(config, prefix).items():
+        total, coefs = None, acting_losses(config, prefix)
+        if "router_aux_loss" in coefs and forward_pass.training and config.router_aux_loss_scope == "global_batch":
+            key = (adapter_name, prefix, layer)
+            if forward_pass.running:
+                forward_pass.loads[key] = self._global_batch.load(key, forward_pass.step, routing, mask_T)
+            routing = replace(routing, load_N=forward_pass.loads[key])
+        for name, coef in coefs.items():
             loss = ROUTER_LOSSES[name](routing, mask_T)
             if figures is not None:
                 figures.record(prefix + name, layer, loss, count)

@@ -18,6 +18,7 @@ class Method:
         frozen_parts: what of a saved adapter is not trained.
         loss_of_its_own: which loss it trains by instead of that of the logits.
         unreportable: why there is no report of its routing; None: there is, of its routers or the base's.
+        against_collapse: what to change where its router sends nearly everything to one expert.
         trains_modules_of_the_base: whether PEFT trains and saves modules and tokens of the base beside it.
     """
 
@@ -28,6 +29,7 @@ class Method:
     frozen_parts: ClassVar[str | None] = None
     loss_of_its_own: ClassVar[str | None] = None
     unreportable: ClassVar[str | None] = None
+    against_collapse: ClassVar[str] = ""
     trains_modules_of_the_base: ClassVar[bool] = False
 
     @property

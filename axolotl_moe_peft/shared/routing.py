@@ -66,7 +66,9 @@ def top_k_routing(logits_TN: Tensor, num_experts_per_tok: int, norm_topk_prob: b
 
 
 @in_float32
-def balance_loss(scores_TN: Tensor, indices_TK: Tensor, token_mask_T: Tensor | None = None) -> Tensor:
+def balance_loss(
+    scores_TN: Tensor, indices_TK: Tensor, token_mask_T: Tensor | None = None, load_N: Tensor | None = None
+) -> Tensor:
     """Load-balancing loss N * sum_e f_e p_e of a router that chose these experts by these scores.
 
     f_e is the number of choices of expert e per token (no gradient), p_e its mean share of a token's scores. Switch
@@ -77,6 +79,7 @@ def balance_loss(scores_TN: Tensor, indices_TK: Tensor, token_mask_T: Tensor | N
         scores_TN: (T, N), at least 0, each token's with a sum above 0.
         indices_TK: int64 (T, K).
         token_mask_T: bool (T,), true for real tokens; None counts every token.
+        load_N: f, (N,), where it is not that of these tokens.
 
     Returns:
         0-dim float32 tensor; 0 if no token is real.
@@ -84,11 +87,14 @@ def balance_loss(scores_TN: Tensor, indices_TK: Tensor, token_mask_T: Tensor | N
     num_tokens, num_experts = scores_TN.shape
     scores_TN = scores_TN.float()
     shares_TN = scores_TN / scores_TN.sum(dim=-1, keepdim=True)
-    counts_N = expert_counts(indices_TK, num_experts, token_mask_T)
     if token_mask_T is None:
-        return num_experts * (counts_N @ shares_TN.sum(0)) / max(num_tokens, 1) ** 2
-    mask_T = token_mask_T.float()
-    return num_experts * (counts_N @ (mask_T @ shares_TN)) / mask_T.sum().clamp(min=1) ** 2
+        num_tokens, shares_N = max(num_tokens, 1), shares_TN.sum(0)
+    else:
+        mask_T = token_mask_T.float()
+        num_tokens, shares_N = mask_T.sum().clamp(min=1), mask_T @ shares_TN
+    if load_N is None:
+        load_N = expert_counts(indices_TK, num_experts, token_mask_T) / num_tokens
+    return num_experts * (load_N @ shares_N) / num_tokens
 
 
 @in_float32
@@ -140,15 +146,17 @@ class Routing:
         logits_TN: raw logits, (T, N).
         indices_TK: the experts that it chose, int64 (T, K).
         scores_TN: what it chose by, (T, N), at least 0; None for a softmax of the logits.
+        load_N: choices of each expert per token of a larger batch that this is a part of, (N,); None: it is the batch.
     """
 
     logits_TN: Tensor
     indices_TK: Tensor
     scores_TN: Tensor | None = None
+    load_N: Tensor | None = None
 
     def balance_loss(self, token_mask_T: Tensor | None) -> Tensor:
         scores_TN = self.logits_TN.float().softmax(-1) if self.scores_TN is None else self.scores_TN
-        return balance_loss(scores_TN, self.indices_TK, token_mask_T)
+        return balance_loss(scores_TN, self.indices_TK, token_mask_T, self.load_N)
 
     def z_loss(self, token_mask_T: Tensor | None) -> Tensor:
         return router_z_loss(self.logits_TN, token_mask_T)
@@ -159,6 +167,13 @@ ROUTER_LOSSES: dict[str, Callable[[Routing, Tensor | None], Tensor]] = {
     "router_aux_loss": Routing.balance_loss,
     "router_z_loss": Routing.z_loss,
 }
+
+# What the balance loss is over: a field of every config that has one, its values and its help.
+SCOPES = ("micro_batch", "global_batch")
+ROUTER_AUX_LOSS_SCOPE = (
+    "What is to be balanced: every micro_batch for itself; or the global_batch, all micro-batches of an optimiser "
+    "step so far in all processes, in which a micro-batch may be of one kind."
+)
 
 
 def acting_losses(config: Any, prefix: str = "") -> dict[str, float]:

@@ -16,6 +16,7 @@ class RouterStatistics:
 
     def __init__(self) -> None:
         self._figures: dict[str, Figures] = {}
+        self._usage: dict[tuple[str, str], Tensor] = {}  # by adapter and layer: choices per expert, (N,)
 
     def of(self, adapter_name: str) -> Figures:
         """Where an adapter's figures are recorded."""
@@ -24,6 +25,7 @@ class RouterStatistics:
     def discard(self, adapter_name: str) -> None:
         """Forget an adapter's figures."""
         self._figures.pop(adapter_name, None)
+        self._usage = {key: counts_N for key, counts_N in self._usage.items() if key[0] != adapter_name}
 
     def pop(self, reduce: Reduce = lambda tensor: tensor) -> dict[str, float]:
         """Read the figures and start anew.
@@ -36,10 +38,32 @@ class RouterStatistics:
             several adapters were in use, each figure with its adapter's name behind: `router_aux_loss/default`.
         """
         by_adapter = {name: figures.read(reduce) for name, figures in self._figures.items()}
+        for name, figures in self._figures.items():
+            for layer, counts_N in figures.usage.items():
+                self._usage[name, layer] = _sum(self._usage.get((name, layer)), counts_N)
         self._figures = {}
         if len(by_adapter) == 1:
             return next(iter(by_adapter.values()))
         return {f"{key}/{name}": value for name, figures in by_adapter.items() for key, value in figures.items()}
+
+    def pop_usage(self, reduce: Reduce = lambda tensor: tensor) -> dict[tuple[str, str], Tensor]:
+        """Read how often each expert was chosen in what `pop` has read since the last call, and start anew.
+
+        Args:
+            reduce: as in `pop`.
+
+        Returns:
+            Choices per expert, (N,) on the CPU, by adapter and layer.
+        """
+        usage, self._usage = self._usage, {}
+        by_size: dict[int, list[tuple[str, str]]] = {}
+        for key, counts_N in usage.items():
+            by_size.setdefault(counts_N.numel(), []).append(key)
+        read: dict[tuple[str, str], Tensor] = {}
+        for size in sorted(by_size):
+            keys = by_size[size]
+            read |= zip(keys, reduce(_stack(usage[key] for key in keys)).cpu())
+        return read
 
 
 class Figures:
@@ -48,7 +72,7 @@ class Figures:
     def __init__(self) -> None:
         self._means: dict[str, dict[str, Tensor]] = {}  # by name and layer: total and count, (2,)
         self._by_expert: dict[str, Tensor] = {}  # by name: totals and counts, (2, N)
-        self._usage: dict[str, Tensor] = {}  # by layer: choices per expert, (N,)
+        self.usage: dict[str, Tensor] = {}  # by layer: choices per expert, (N,)
         self._experts: Sequence[str] = ()
 
     def record(self, name: str, layer: str, value: Tensor, count: Tensor | float = 1.0) -> None:
@@ -80,7 +104,7 @@ class Figures:
 
     def record_usage(self, layer: str, counts_N: Tensor) -> None:
         """Add one layer's choices per expert, (N,), of one micro-batch."""
-        self._usage[layer] = _sum(self._usage.get(layer), counts_N.detach())
+        self.usage[layer] = _sum(self.usage.get(layer), counts_N.detach())
 
     def read(self, reduce: Reduce) -> dict[str, float]:
         """The means, and `usage_figures` if anything was routed. See RouterStatistics.pop."""
@@ -101,7 +125,7 @@ class Figures:
 
     def _read_usage(self, reduce: Reduce) -> dict[str, float]:
         by_size: dict[int, list[Tensor]] = {}
-        for counts_N in self._usage.values():
+        for counts_N in self.usage.values():
             by_size.setdefault(counts_N.numel(), []).append(counts_N)
         per_size = [usage_figures(reduce(_stack(by_size[size])).cpu()) for size in sorted(by_size)]
         return {key: sum(f[key] for f in per_size) / len(per_size) for key in per_size[0]} if per_size else {}
@@ -118,16 +142,20 @@ def usage_figures(counts_LN: Tensor) -> dict[str, float]:
         `expert_used_fraction` (0 .. 1).
     """
     share_LN = counts_LN / counts_LN.sum(-1, keepdim=True).clamp(min=1)
-    num_experts = counts_LN.shape[-1]
-    if num_experts == 1:
-        entropy_L = torch.ones(len(counts_LN))
-    else:
-        entropy_L = torch.special.entr(share_LN).sum(-1) / torch.tensor(float(num_experts)).log()
     return {
-        "expert_entropy": entropy_L.mean().item(),
+        "expert_entropy": usage_entropy(counts_LN).mean().item(),
         "expert_max_share": share_LN.amax(-1).mean().item(),
         "expert_used_fraction": (counts_LN > 0).float().mean().item(),
     }
+
+
+def usage_entropy(counts_LN: Tensor) -> Tensor:
+    """Entropy of how the experts were used, (L,): 1 uniform, 0 one expert; 1 where N is 1."""
+    num_experts = counts_LN.shape[-1]
+    if num_experts == 1:
+        return torch.ones(counts_LN.shape[:-1])
+    share_LN = counts_LN / counts_LN.sum(-1, keepdim=True).clamp(min=1)
+    return torch.special.entr(share_LN).sum(-1) / torch.tensor(float(num_experts)).log()
 
 
 def _stack(layers: Iterable[Tensor]) -> Tensor:

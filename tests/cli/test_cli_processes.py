@@ -170,6 +170,21 @@ def test_two_processes_log_and_save_what_one_does(
             assert torch.equal(tensor, saved[name]), name
 
 
+@pytest.mark.parametrize(("adapter", "mode"), [("perft", "FSDP2 full state dict"), ("pt_moe", "DDP")])
+def test_a_balance_loss_over_the_global_batch_is_that_of_one_process(
+    adapter: str, mode: str, train: Callable[..., Run], experts: Callable[[str], Path]
+) -> None:
+    own = adapter_keys(adapter, experts("mixtral"))[adapter] | {"router_aux_loss_coef": 10.0}
+    shared = own | {"router_aux_loss_scope": "global_batch"}
+    of_one = train(adapter, None, f"balanced {mode}", **{adapter: own}).tensors
+    of_two = train(adapter, mode, "balanced", **{adapter: shared}).tensors
+    each_its_own = train(adapter, mode, "balanced each", **{adapter: own}).tensors
+    routers = [name for name in of_one if "router" in name]
+    assert any(not torch.allclose(each_its_own[name], of_one[name], atol=1e-5, rtol=1e-4) for name in routers)
+    for name in of_one:
+        torch.testing.assert_close(of_two[name], of_one[name], atol=1e-5, rtol=1e-4, msg=name)
+
+
 @pytest.mark.parametrize(
     ("adapter", "mode"),
     [

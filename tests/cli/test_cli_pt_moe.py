@@ -340,3 +340,32 @@ def test_an_encoder_decoder_is_refused_before_the_rows_are_tokenised(
     config = pt_moe_yaml(tmp_path / "t5.yaml", tmp_path / "t5", few_rows, dataset_prepared_path=str(prepared))
     assert_refused(axolotl("train", config), ("base_model", "T5Config", "encoder-decoder", "decoder-only model"))
     assert not any(tmp_path.rglob("adapter_*")) and not prepared.exists()
+
+
+@pytest.mark.parametrize(("block", "steps", "warns"), [({}, 105, True), ({"top_k": 3}, 55, False)])
+def test_a_router_that_sends_everything_to_one_expert_is_warned_of_once(
+    block: dict[str, Any],
+    steps: int,
+    warns: bool,
+    axolotl: AxolotlPool,
+    folder: Path,
+    base: Path,
+    few_rows: Path,
+) -> None:
+    name = f"collapse_{steps}"
+    config = pt_moe_yaml(
+        folder / f"{name}.yaml",
+        base,
+        few_rows,
+        pt_moe=BLOCK | block,
+        max_steps=steps,
+        learning_rate=0.0,
+        logging_steps=5,
+    )
+    result = axolotl("train", config)
+    assert result.code == 0, result.output
+    assert result.output.count("routers have collapsed") == warns
+    if warns:
+        line = next(line for line in result.output.splitlines() if "collapsed" in line)
+        assert "pt_moe: 1 of 1 routers have collapsed: in prompt 100% of the choices since step 0" in line
+        assert "until step 50" in line and "router_aux_loss_coef" in line

@@ -29,6 +29,7 @@ DEFAULTS = {
     "gate_weights": "own",
     "init": "zero",
     "router_aux_loss_coef": 0.01,
+    "router_aux_loss_scope": "micro_batch",
     "router_z_loss_coef": 0.0,
     "base_router_aux_loss_coef": 0.0,
     "target_modules": None,
@@ -328,3 +329,19 @@ def test_layers_out_of_range_are_named_beside_what_there_is(layers_to_transform,
         message = str(error.value)
         assert message.startswith(f"perft.layers_to_transform: {named} ")
         assert "layers [0, 1]" in message
+
+
+@pytest.mark.parametrize(
+    ("settings", "needs"),
+    [
+        ({}, None),
+        ({"router_aux_loss_coef": 0.0}, "router_aux_loss_coef"),
+        ({"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.1}, "router_aux_loss_coef"),
+        ({"router_aux_loss_coef": 0.0, "base_router_aux_loss_coef": 0.1}, None),
+        ({"variant": "embedded"}, "base_router_aux_loss_coef"),
+        ({"variant": "embedded", "base_router_aux_loss_coef": 0.1}, None),
+    ],
+)
+def test_the_scope_of_a_balance_loss_needs_one(settings, needs):
+    idle = PerftConfig(**settings).idle_fields.get("router_aux_loss_scope")
+    assert idle == (needs and (needs, 0.01))

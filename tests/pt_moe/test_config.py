@@ -23,6 +23,7 @@ DEFAULTS = {
     "init_text": None,
     "router_input": "prompt",
     "router_aux_loss_coef": 0.0,
+    "router_aux_loss_scope": "micro_batch",
 }
 
 
@@ -76,6 +77,7 @@ def test_noise_and_coefficient_are_numbers_from_zero(name, value):
     [
         ({"rank": 41}, r"pt_moe\.rank: 41 is more than num_virtual_tokens \(40\)"),
         ({"top_k": 3}, r"pt_moe\.top_k: 3 is more than num_experts \(2\)"),
+        ({"router_aux_loss_scope": "step"}, "'step' is not known; use one of micro_batch, global_batch"),
         ({"router_input": "answer"}, "'answer' is not known; use one of prompt, sequence"),
         ({"scale_by_router_prob": False}, "leaves the router without a gradient.*router_aux_loss_coef above 0"),
         ({"num_experts": 1, "router_aux_loss_coef": 0.1}, "means nothing with num_experts: 1"),

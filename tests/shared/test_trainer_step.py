@@ -13,6 +13,7 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from axolotl_moe_peft import PerftConfig
+from axolotl_moe_peft.perft import PerftLayer
 from axolotl_moe_peft.shared.trainer_step import current_step
 from tests.pt_moe.prompts import pt_moe
 from tests.pt_moe.test_trainers import tokenizer
@@ -233,3 +234,30 @@ def test_a_pool_whose_labels_the_trainer_took_says_why_it_cannot_train(tmp_path)
     model = pool_of(save_experts(tmp_path / "experts"))
     with pytest.raises(ValueError, match="computes no logits in training.*Leave out `label_smoothing_factor`"):
         train(tmp_path, model, "label_smoothing", EQUAL, 2, 1)
+
+
+@pytest.mark.parametrize("reentrant", [None, True, False])
+def test_a_global_batch_is_balanced_over_the_micro_batches_of_its_step_so_far(reentrant, tmp_path):
+    model, seen = perft(router_aux_loss_coef=1.0, router_z_loss_coef=0.0, router_aux_loss_scope="global_batch"), []
+    layers = [m for m in model.modules() if isinstance(m, PerftLayer)]
+    for layer in layers:
+
+        def see(module, args):
+            if model.base_model.auxiliary.current.running:  # not once more for checkpointing
+                seen.append(args[0].detach().flatten(0, 1))
+
+        layer.register_forward_pre_hook(see)
+    checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    settings = {} if reentrant is None else checkpointing
+    found = router_gradients(tmp_path, model, "outside", EQUAL, 2, 2, steps=2, **settings)
+    expected = []
+    for i, layer in enumerate(layers):
+        router_ND = layer.perft_router["default"]
+        # of the second step, whose routers are those of the first
+        probs = [(x @ router_ND.T).softmax(-1) for x in seen[2 * len(layers) + i :: len(layers)]]
+        chosen = [torch.zeros_like(p).scatter(1, p.topk(2).indices, 1.0) for p in probs]
+        load = [torch.cat(chosen[: k + 1]).mean(0) for k in range(2)]
+        loss = sum(4 * (f @ p.mean(0)) for f, p in zip(load, probs, strict=True)) / 2 / len(layers)
+        expected.append(torch.autograd.grad(loss, router_ND)[0].flatten())
+    assert found.norm() > 1e-3
+    torch.testing.assert_close(found, torch.cat(expected), rtol=1e-4, atol=1e-6)
