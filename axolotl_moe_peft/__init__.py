@@ -19,6 +19,7 @@ __all__ = [
     "TTLoraModel",
     "TTLoraMoeConfig",
     "TTLoraMoeModel",
+    "calibrate_experts",
 ]
 
 _unusable: str | None = None  # why, in a process of Axolotl's
@@ -26,7 +27,7 @@ _unusable: str | None = None  # why, in a process of Axolotl's
 try:
     check_versions("transformers", "peft")
 
-    from .perft import PerftConfig, PerftModel
+    from .perft import PerftConfig, PerftModel, calibrate_experts
     from .pt_moe import PTMoeConfig, PTMoeModel
     from .registration import register_methods
     from .tt_lora import TTLoraConfig, TTLoraModel

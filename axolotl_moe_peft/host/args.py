@@ -10,6 +10,7 @@ from peft import PeftConfig
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, StrictBool, create_model, model_validator
 
 from ..registration import METHODS, config_class
+from .calibration import check_rows_can_be_counted
 from .host_keys import BITS_AND_BYTES, QUANTISED_EXPERTS, REPORT, check_host_keys, check_keys_beside_router_losses
 from .on_disk import check_base_is_there
 from .report_key import check_report, wants_report
@@ -128,6 +129,8 @@ class MoePeftArgs(_Blocks):
             )
         check_keys_beside_router_losses(self, config)
         saved = {key: continued(config, key, folder) for key, folder in saved_adapters(self)}
+        if not saved:
+            check_rows_can_be_counted(self, config)
         config.check_parts(getattr(self, "base_model", None), saved.get(CONTINUED))
         return self
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
+from datasets import Dataset
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, TrainingArguments, set_seed
@@ -14,7 +15,8 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 from ..perft.selection import find_moe_blocks
 from ..shared.summary import format_table
 from .args import CONFIGS
-from .saved import CONTINUED, continued, own_fields
+from .calibration import calibrated
+from .saved import CONTINUED, continued, own_fields, saved_adapters
 
 # PEFT's fields for what it trains beside an adapter, and the YAML's keys for them
 BESIDE = {
@@ -53,19 +55,25 @@ def _task_type(model: PreTrainedModel | None) -> TaskType:
     return TaskType.CAUSAL_LM
 
 
-def attach(model: PreTrainedModel, cfg: DictDefault, inference: bool) -> tuple[PeftModel, PeftConfig]:
+def attach(
+    model: PreTrainedModel, cfg: DictDefault, inference: bool, rows: Dataset | None = None
+) -> tuple[PeftModel, PeftConfig]:
     """Attach the YAML's adapter, new or that of `lora_model_dir`, and log what it consists of.
 
     Args:
         model: the base model.
         cfg: the validated YAML.
         inference: whether the adapter is not trained.
+        rows: the training data, for what is found in them before an adapter is made.
 
     Raises:
         ValueError: the saved adapter is damaged or another one than the YAML describes, or the adapter does not fit
             the base model.
     """
     config = peft_config(cfg, model)
+    if config.calibration_rows and not cfg.lora_model_dir:
+        most_tokens = cfg.micro_batch_size * cfg.sequence_len
+        config = _resumed(config, cfg) or calibrated(config, model, rows, most_tokens)
     seed_the_start(cfg)
     kwargs = {}
     if cfg.peft_autocast_adapter_dtype is not None:
@@ -81,10 +89,16 @@ def attach(model: PreTrainedModel, cfg: DictDefault, inference: bool) -> tuple[P
         for expert in config.added_to(saved):
             LOG.info("adding the expert %s to the pool", expert)
         model.base_model.add_what_is_new(config)
+        config = model.active_peft_config
     else:
         model = get_peft_model(model, config, **kwargs)
     _log_what_is_there(model, cfg)
     return model, config
+
+
+def _resumed(config: PeftConfig, cfg: DictDefault) -> PeftConfig | None:
+    """The config of a run that goes on from a checkpoint, whose tensors the host loads into a new adapter."""
+    return next((continued(config, key, folder) for key, folder in saved_adapters(cfg)), None)
 
 
 def _log_what_is_there(model: PeftModel, cfg: DictDefault) -> None:

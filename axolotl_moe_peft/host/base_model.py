@@ -66,7 +66,7 @@ def attach_without_weights(model: PreTrainedModel, cfg: DictDefault) -> PeftMode
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what there is to warn of is said once, when the adapter is attached
         if not cfg.lora_model_dir:
-            return get_peft_model(model, config)
+            return get_peft_model(model, config.calibrated(model, None) if config.calibration_rows else config)
         adapted = get_peft_model(model, continued(config, CONTINUED, cfg.lora_model_dir))
         adapted.base_model.add_what_is_new(config)
         return adapted

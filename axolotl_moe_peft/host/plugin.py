@@ -14,6 +14,7 @@ from ..registration import METHODS
 from ..versions import warn_of_newer_versions
 
 if TYPE_CHECKING:
+    from axolotl.common.datasets import TrainDatasetMeta
     from axolotl.utils.dict import DictDefault
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel, Trainer, TrainerCallback
@@ -32,6 +33,8 @@ def _check_name(plugins: Any) -> None:
 class MoePeftPlugin(BasePlugin):
     """Adds the adapters of this package and their blocks to Axolotl."""
 
+    _rows: Any = None  # the training data, where an adapter is calibrated on them
+
     def register(self, cfg: dict[str, Any]) -> None:
         if cfg.get("adapter") in METHODS:
             from .datasets import prepare_datasets
@@ -48,18 +51,26 @@ class MoePeftPlugin(BasePlugin):
     def get_adapter_capabilities(self) -> list[AdapterCapabilities]:
         return [AdapterCapabilities(name=name) for name in METHODS]
 
-    def load_datasets(self, cfg: DictDefault, preprocess: bool = False) -> None:
-        if cfg.adapter in METHODS:
-            from axolotl.utils.distributed import is_main_process
+    def load_datasets(self, cfg: DictDefault, preprocess: bool = False) -> TrainDatasetMeta | None:
+        if cfg.adapter not in METHODS:
+            return None
+        from axolotl.utils.distributed import is_main_process
 
-            from .base_model import check_base_model
+        from .base_model import check_base_model
 
-            # the first hook after validation: a base that does not fit should fail before an hour of tokenising
-            check_base_model(cfg)
-            if not preprocess and is_main_process():
-                from .memory import free_memory, log_estimate
+        # the first hook after validation: a base that does not fit should fail before an hour of tokenising
+        check_base_model(cfg)
+        if preprocess:
+            return None
+        from .attach import peft_config
+        from .calibration import load_rows
+        from .memory import free_memory, log_estimate
 
-                log_estimate(cfg, free_memory())
+        if is_main_process():
+            log_estimate(cfg, free_memory())
+        datasets = load_rows(cfg, peft_config(cfg))
+        self._rows = datasets and datasets.train_dataset
+        return datasets
 
     def pre_model_load(self, cfg: DictDefault) -> None:
         if cfg.adapter in METHODS:
@@ -86,7 +97,7 @@ class MoePeftPlugin(BasePlugin):
         if config_only:  # TRL's trainers attach it
             seed_the_start(cfg)
             return None, peft_config(cfg, model)
-        return attach(model, cfg, inference)
+        return attach(model, cfg, inference, self._rows)
 
     def add_callbacks_post_trainer(self, cfg: DictDefault, trainer: Trainer) -> list[TrainerCallback]:
         if cfg.adapter not in METHODS:

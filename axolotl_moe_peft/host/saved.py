@@ -62,7 +62,8 @@ def continued(config: PeftConfig, key: str, folder: str) -> PeftConfig:
         )
     for name in own_fields(type(config)):
         given, made_with = getattr(config, name), getattr(saved, name)
-        if name not in config.training_fields and given != made_with:
+        left_open = given is None and name in config.found_before_training
+        if name not in config.training_fields and given != made_with and not left_open:
             raise ValueError(
                 f"the block says {name}: {given!r}, but the adapter in {folder!r} ({key}) was made with "
                 f"{made_with!r}. Make the block the same as the saved adapter_config.json."

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from peft.utils import PeftType
 from transformers.activations import ACT2FN
@@ -11,7 +13,13 @@ from transformers.activations import ACT2FN
 from ..shared.config import ModulesToSaveConfig, check_target_modules
 from ..shared.routing import ROUTER_AUX_LOSS_SCOPE, SCOPES
 
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
 DENSE_MLPS = "mlp"  # as `target_modules`
+DEFAULT_CALIBRATION_ROWS = 128
+_EXAMPLES = {"experts": "{keep: 0.25, calibrate: 128}", "expert_ids": "{model.layers.0.mlp: [3, 17]}"}
 _CHOICES = {
     "variant": ("routed", "embedded", "dense", "single"),
     "expert_type": ("lora", "parallel_adapter"),
@@ -19,6 +27,21 @@ _CHOICES = {
     "init": ("zero", "paper"),
     "router_aux_loss_scope": SCOPES,
 }
+
+
+def check_keep(keep: Any) -> None:
+    """Check the share of a block's experts that are adapted.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not 0 < keep <= 1:
+        raise ValueError(f"perft.experts.keep: {keep!r} is not allowed; it is a number above 0 and up to 1.")
+
+
+def num_kept(keep: float, num_experts: int) -> int:
+    """How many experts that share of them is, rounded up."""
+    return math.ceil(round(keep * num_experts, 9))  # 0.07 * 100 is above 7
 
 
 @dataclass
@@ -46,6 +69,17 @@ class PerftConfig(ModulesToSaveConfig):
     )
     num_experts_per_tok: int | None = field(
         default=None, metadata={"help": "K, the adapters that a token is routed to. routed only; default 2."}
+    )
+    experts: dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "embedded only. Adapt the experts of each block that the base router chooses most: the share "
+            "`keep` of them, by its choices in the first `calibrate` (128) rows of the training data. null: all."
+        },
+    )
+    expert_ids: dict[str, list[int]] | None = field(
+        default=None,
+        metadata={"help": "embedded only. The adapted experts, by the block's name. `experts` fills it in."},
     )
     expert_type: Literal["lora", "parallel_adapter"] = field(
         default="lora",
@@ -127,6 +161,7 @@ class PerftConfig(ModulesToSaveConfig):
     against_collapse: ClassVar[str] = (
         "Their adapters do the work of one. Raise `router_aux_loss_coef`, or lower the learning rate."
     )
+    found_before_training: ClassVar[tuple[str, ...]] = ("expert_ids",)
     unmergeable: ClassVar[str] = (
         "it runs in parallel with the MoE block or MLP, partly chosen per token, and no weight of the base model "
         "computes that"
@@ -135,6 +170,9 @@ class PerftConfig(ModulesToSaveConfig):
     @property
     def title(self) -> str:
         count = f"experts: {self.num_experts}, " if self.num_experts else ""
+        if self.expert_ids:
+            numbers = sorted({len(ids) for ids in self.expert_ids.values()})
+            count = f"inside {' to '.join(map(str, dict.fromkeys((numbers[0], numbers[-1]))))} experts of a block, "
         return f"PERFT ({self.variant}, {count}rank: {self.rank})"
 
     @property
@@ -167,6 +205,7 @@ class PerftConfig(ModulesToSaveConfig):
                 )
         self._resolve_expert_counts()
         self._check_ranges()
+        self._check_experts()
         check_target_modules("perft.target_modules", self.target_modules)
         check_target_modules("perft.linear_target_modules", self.linear_target_modules)
         if self.linear_target_modules is not None and not self.linear_target_modules:
@@ -204,6 +243,53 @@ class PerftConfig(ModulesToSaveConfig):
                 f"perft.num_experts_per_tok: {self.num_experts_per_tok} is more than num_experts "
                 f"({self.num_experts}); a token cannot be routed to more adapters than there are."
             )
+
+    def _check_experts(self) -> None:
+        """Check what says which experts are adapted, and give it its form."""
+        for name in ("experts", "expert_ids"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if self.variant != "embedded":
+                raise ValueError(
+                    f"perft.{name}: {value} means nothing with variant {self.variant}: it says which experts of the "
+                    "base get an adapter inside. Leave it out, or use variant: embedded."
+                )
+            if not isinstance(value, Mapping) or not value:
+                raise ValueError(f"perft.{name}: {value!r} is not allowed; it is a block like {_EXAMPLES[name]}.")
+        if self.experts is not None:
+            self.experts = {"calibrate": DEFAULT_CALIBRATION_ROWS, **self.experts}
+            unknown = set(self.experts) - {"keep", "calibrate"}
+            if unknown or "keep" not in self.experts:
+                what = f"{min(unknown)!r} is no key of it" if unknown else "`keep` is missing"
+                raise ValueError(f"perft.experts: {what}; it is a block like {_EXAMPLES['experts']}.")
+            check_keep(self.experts["keep"])
+            rows = self.experts["calibrate"]
+            if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
+                raise ValueError(f"perft.experts.calibrate: {rows!r} is not allowed; it is an integer of at least 1.")
+        if self.expert_ids is not None:
+            self.expert_ids = {block: list(ids) for block, ids in self.expert_ids.items()}
+            for block, ids in self.expert_ids.items():
+                if not ids or len(set(ids)) < len(ids) or any(not isinstance(i, int) or i < 0 for i in ids):
+                    raise ValueError(
+                        f"perft.expert_ids: {ids} of {block} is not allowed; it is a list of different experts, "
+                        "counted from 0."
+                    )
+
+    @property
+    def calibration_rows(self) -> int:
+        return 0 if self.experts is None or self.expert_ids is not None else self.experts["calibrate"]
+
+    def calibrated(self, model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]] | None) -> PerftConfig:
+        from .calibration import calibrate_experts, first_experts  # which import this module
+
+        where = {"target_modules": self.target_modules, "layers_to_transform": self.layers_to_transform}
+        if batches is None:
+            return replace(self, expert_ids=first_experts(model, self.experts["keep"], **where))
+        return replace(self, expert_ids=calibrate_experts(model, batches, self.experts["keep"], **where))
+
+    def continuing(self, saved: PerftConfig) -> PerftConfig:
+        return replace(self, expert_ids=saved.expert_ids)
 
     def _check_goes_beside_dense_mlps(self) -> None:
         needs_a_base_router = {

@@ -10,6 +10,8 @@ which the first two are each other's adjoint, so that they serve all forwards an
     scatter   y_TD[t]     = sum over the slots s of t:  w[expert of s].T @ z[s]
     outer     g_NRD[e]    = sum over the slots s of e:  z[s] outer x[token of s]
 
+Some choices may be of no expert: their index is N. Nothing is multiplied for them, and they add nothing.
+
 A kernel reads x in any dtype and computes in that of w or z. With a mask the rows x[token of s] go through dropout
 (without its scale), a mask of its own for each slot and the same in all three kernels.
 """
@@ -50,8 +52,14 @@ class Slots(Protocol):
     token_S: Tensor
 
     @classmethod
-    def of(cls, indices_TK: Tensor, num_experts: int) -> Slots:
-        """Sort the choices; slots of one expert stay in the order of their tokens."""
+    def of(cls, indices_TK: Tensor, num_experts: int, partial: bool = False) -> Slots:
+        """Sort the choices; slots of one expert stay in the order of their tokens.
+
+        Args:
+            indices_TK: int64, the expert of each choice.
+            num_experts: N.
+            partial: whether some may be of no expert.
+        """
 
     def gather(self, x_TD: Tensor, w_NRD: Tensor, mask: Mask | None) -> Tensor: ...
 
@@ -77,9 +85,12 @@ class HostSlots(NamedTuple):
     ends_N: Tensor
 
     @classmethod
-    def of(cls, indices_TK: Tensor, num_experts: int) -> HostSlots:
+    def of(cls, indices_TK: Tensor, num_experts: int, partial: bool = False) -> HostSlots:
         expert_S, choice_S = indices_TK.flatten().sort(stable=True)
-        return cls(choice_S, choice_S // indices_TK.shape[1], _ends(expert_S, num_experts).to(torch.int32))
+        ends_N = _ends(expert_S, num_experts)
+        if partial:
+            choice_S = choice_S[: ends_N[-1]]
+        return cls(choice_S, choice_S // indices_TK.shape[1], ends_N.to(torch.int32))
 
     def gather(self, x_TD: Tensor, w_NRD: Tensor, mask: Mask | None) -> Tensor:
         z_SR, drop = w_NRD.new_empty(len(self.token_S), w_NRD.shape[1]), _dropper(mask, x_TD)
@@ -114,22 +125,29 @@ class HostSlots(NamedTuple):
 
 
 class GroupedSlots(NamedTuple):
-    """Where `F.grouped_mm` is one kernel: the fields of HostSlots, in one chunk."""
+    """Where `F.grouped_mm` is one kernel: the fields of HostSlots, in one chunk.
+
+    Choices of no expert are the last slots, as their number is not known without waiting for it; grouped products end
+    before them.
+    """
 
     choice_S: Tensor
     token_S: Tensor
     ends_N: Tensor
+    of_none_S1: Tensor  # bool; empty where every choice is of an expert
 
     @classmethod
-    def of(cls, indices_TK: Tensor, num_experts: int) -> GroupedSlots:
-        return cls(*HostSlots.of(indices_TK, num_experts))
+    def of(cls, indices_TK: Tensor, num_experts: int, partial: bool = False) -> GroupedSlots:
+        expert_S, choice_S = indices_TK.flatten().sort(stable=True)
+        ends_N = _ends(expert_S, num_experts).to(torch.int32)
+        return cls(choice_S, choice_S // indices_TK.shape[1], ends_N, _of_none(expert_S, num_experts, partial))
 
     def gather(self, x_TD: Tensor, w_NRD: Tensor, mask: Mask | None) -> Tensor:
         rows = _rows(x_TD, self.token_S, w_NRD.dtype, _dropper(mask, x_TD))
-        return F.grouped_mm(rows, w_NRD.transpose(1, 2), offs=self.ends_N)
+        return _blank(F.grouped_mm(rows, w_NRD.transpose(1, 2), offs=self.ends_N), self.of_none_S1)
 
     def scatter(self, z_SR: Tensor, w_NRD: Tensor, num_tokens: int, mask: Mask | None) -> Tensor:
-        rows, drop = F.grouped_mm(z_SR, w_NRD, offs=self.ends_N), _dropper(mask, z_SR)
+        rows, drop = _blank(F.grouped_mm(z_SR, w_NRD, offs=self.ends_N), self.of_none_S1), _dropper(mask, z_SR)
         # index_add_ adds in no fixed order: sort back and sum over K, or recomputation may route differently
         y_SD = torch.empty_like(rows)
         y_SD[self.choice_S] = rows if drop is None else drop(rows)
@@ -148,16 +166,17 @@ class BlockedSlots(NamedTuple):
 
         choice_S      [2 6  0 3  5 6  1 4  6 6 ...]     6 is padding
         expert_G      [0    1    1    3    3 ...]
-        slot_TK       [[2, 6], [0, 3], [7, 4]]          where each choice went
+        slot_TK       [[2, 6], [0, 3], [7, 4]]          where each choice went; any slot for one of no expert
     """
 
     choice_S: Tensor
     token_S: Tensor
     expert_G: Tensor
     slot_TK: Tensor
+    of_none_C1: Tensor  # bool, of the unsorted choices; empty where every choice is of an expert
 
     @classmethod
-    def of(cls, indices_TK: Tensor, num_experts: int) -> BlockedSlots:
+    def of(cls, indices_TK: Tensor, num_experts: int, partial: bool = False) -> BlockedSlots:
         num_choices = indices_TK.numel()
         expert_S, choice_S = indices_TK.flatten().sort(stable=True)
         positions_S = torch.arange(num_choices, device=indices_TK.device)
@@ -165,14 +184,22 @@ class BlockedSlots(NamedTuple):
         starts_N = F.pad(ends_N[:-1], (1, 0))
         blocks_N = (ends_N - starts_N + _BLOCK - 1) // _BLOCK
         first_block_N = blocks_N.cumsum(0) - blocks_N
-        slot_S = (first_block_N * _BLOCK - starts_N)[expert_S] + positions_S
         num_blocks = min(num_choices, num_choices // _BLOCK + num_experts)
-        padded_S = choice_S.new_full((num_blocks * _BLOCK,), num_choices).index_copy(0, slot_S, choice_S)
+        num_slots = num_blocks * _BLOCK
+        first_slot_N = first_block_N * _BLOCK - starts_N
+        if partial:  # the choices of no expert share a place behind the last slot
+            first_slot_N = F.pad(first_slot_N, (0, 1))
+        slot_S = first_slot_N[expert_S] + positions_S
+        if partial:
+            slot_S = torch.where(expert_S < num_experts, slot_S, num_slots)
+        padded_S = choice_S.new_full((num_slots + partial,), num_choices).index_copy(0, slot_S, choice_S)[:num_slots]
         block_G = torch.arange(num_blocks, device=indices_TK.device)
         expert_G = torch.searchsorted(first_block_N + blocks_N, block_G, right=True).clamp(max=num_experts - 1)
         token_S = (padded_S // indices_TK.shape[1]).clamp(max=max(len(indices_TK) - 1, 0))
         slot_TK = torch.empty_like(choice_S).index_copy(0, choice_S, slot_S).view(indices_TK.shape)
-        return cls(padded_S, token_S, expert_G, slot_TK)
+        if partial:
+            slot_TK = slot_TK.clamp(max=num_slots - 1)
+        return cls(padded_S, token_S, expert_G, slot_TK, _of_none(indices_TK.flatten(), num_experts, partial))
 
     def gather(self, x_TD: Tensor, w_NRD: Tensor, mask: Mask | None) -> Tensor:
         rows = _rows(x_TD, self.token_S, w_NRD.dtype, _dropper(mask, x_TD))
@@ -181,7 +208,7 @@ class BlockedSlots(NamedTuple):
     def scatter(self, z_SR: Tensor, w_NRD: Tensor, num_tokens: int, mask: Mask | None) -> Tensor:
         rows, drop = torch.bmm(self._blocks(z_SR), w_NRD[self.expert_G]).flatten(0, 1), _dropper(mask, z_SR)
         rows = rows if drop is None else drop(rows)
-        return _sum_of_choices(rows.index_select(0, self.slot_TK.flatten()), num_tokens)
+        return _sum_of_choices(_blank(rows.index_select(0, self.slot_TK.flatten()), self.of_none_C1), num_tokens)
 
     def outer(self, z_SR: Tensor, x_TD: Tensor, num_experts: int, mask: Mask | None) -> Tensor:
         rows = _rows(x_TD, self.token_S, z_SR.dtype, _dropper(mask, x_TD))
@@ -204,6 +231,16 @@ def pad_rank(w_NRD: Tensor) -> Tensor:
 
 def _ends(expert_S: Tensor, num_experts: int) -> Tensor:
     return torch.searchsorted(expert_S, torch.arange(num_experts, device=expert_S.device), right=True)
+
+
+def _of_none(expert_C: Tensor, num_experts: int, partial: bool) -> Tensor:
+    """Which choices are of no expert: bool (C, 1), or (0,) where there can be none."""
+    return (expert_C == num_experts).unsqueeze(1) if partial else expert_C.new_empty(0, dtype=torch.bool)
+
+
+def _blank(rows: Tensor, where: Tensor) -> Tensor:
+    """Zero rows of a fresh tensor, whatever is in them."""
+    return rows.masked_fill_(where, 0) if where.numel() else rows
 
 
 def _dropper(mask: Mask | None, like: Tensor) -> Drop | None:

@@ -45,7 +45,7 @@ class PerftLayer(nn.Module, TunerLayer):
     """
 
     adapter_layer_names = ("perft_down", "perft_up", "perft_router")
-    other_param_names = ("perft_config", "norm_topk_prob", "num_active_experts", "num_layers")
+    other_param_names = ("perft_config", "norm_topk_prob", "num_active_experts", "num_layers", "unit_of_expert")
 
     def __init__(self, block: FeedForward, auxiliary: AuxiliaryLosses) -> None:
         super().__init__()
@@ -59,6 +59,8 @@ class PerftLayer(nn.Module, TunerLayer):
         self.norm_topk_prob: dict[str, bool] = {}
         self.num_active_experts: dict[str, int] = {}
         self.num_layers: dict[str, int] = {}
+        # by device, and no buffer: that would lose what it says where a base arrives on the meta device
+        self.unit_of_expert: dict[str, dict[torch.device, Tensor]] = {}
         self._base_scores: Callable[[Tensor], Tensor] | None = None
         self._handles = []
         if isinstance(block, MoeBlock):
@@ -74,7 +76,7 @@ class PerftLayer(nn.Module, TunerLayer):
             adapter_name, config: the adapter.
             num_layers: how many blocks carry the adapter; router losses are averaged over them.
         """
-        num_experts, num_active, width = VARIANTS[config.variant].sizes(config, self.block)
+        num_experts, num_active, width, unit_of_expert = VARIANTS[config.variant].sizes(config, self.block)
         device = next(self.base_layer.parameters()).device
         if config.base_router_aux_loss_coef and device.type != "meta":
             self._base_scores = base_scores(self.block)
@@ -85,6 +87,10 @@ class PerftLayer(nn.Module, TunerLayer):
             self.perft_router[adapter_name] = nn.Parameter(torch.empty(num_experts, self.block.hidden_size, **shape))
         self.perft_config[adapter_name] = config
         self.num_active_experts[adapter_name] = num_active
+        if unit_of_expert is not None:
+            host = torch.device("cpu")
+            self.unit_of_expert[adapter_name] = {host: torch.tensor(unit_of_expert, device=host)}
+            self._unit_of_expert(adapter_name, device)
         asked = config.norm_topk_prob
         self.norm_topk_prob[adapter_name] = self.block.norm_topk_prob if asked is None else asked
         self.num_layers[adapter_name] = num_layers
@@ -111,7 +117,16 @@ class PerftLayer(nn.Module, TunerLayer):
         config = self.perft_config[adapter_name]
         units = Units(config, self.perft_down[adapter_name], self.perft_up[adapter_name], self.training)
         router_ND = self.perft_router[adapter_name] if adapter_name in self.perft_router else None
-        return BlockAdapter(units, router_ND, self.norm_topk_prob[adapter_name], self.block.family)
+        unit_of_expert_E = self._unit_of_expert(adapter_name, units.down_NRD.device)
+        norm_topk_prob = self.norm_topk_prob[adapter_name]
+        return BlockAdapter(units, router_ND, norm_topk_prob, self.block.family, unit_of_expert_E)
+
+    def _unit_of_expert(self, adapter_name: str, device: torch.device) -> Tensor | None:
+        """`Sizes.unit_of_expert` as a tensor, copied to a device once."""
+        copies = self.unit_of_expert.get(adapter_name)
+        if copies is not None and device not in copies:
+            copies[device] = copies[torch.device("cpu")].to(device)
+        return None if copies is None else copies[device]
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Call the base block and add what the active adapters compute from the same hidden states (..., D).

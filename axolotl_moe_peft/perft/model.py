@@ -8,6 +8,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..shared.auxiliary import AuxiliaryLosses
+from ..shared.config import enumerate_names
 from ..shared.summary import ParameterRow, parameter_row
 from ..shared.tuner import Tuner
 from .base_losses import BaseLosses
@@ -56,6 +57,12 @@ class PerftModel(Tuner):
             on_meta = any(p.is_meta for p in block.module.parameters())
             if peft_config.base_router_aux_loss_coef and not on_meta:
                 base_scores(block)
+        names = [block.name for block in blocks]
+        if strangers := set(peft_config.expert_ids or ()) - set(names):
+            raise ValueError(
+                f"perft.expert_ids: {enumerate_names(strangers)} is not adapted, or not in this model. The adapted "
+                f"blocks are {enumerate_names(set(names))}."
+            )
         self._blocks: dict[str, FeedForward] = {block.name: block for block in blocks}
         self._linear_layers = select_linear_layers(model, peft_config, blocks)
         if not hasattr(self, "auxiliary"):  # now that nothing can be refused any more

@@ -35,20 +35,29 @@ class Units(NamedTuple):
     training: bool
 
     def routed(
-        self, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor, weights_scale_inputs: bool = False
+        self,
+        x_TD: Tensor,
+        weights_TK: Tensor,
+        indices_TK: Tensor,
+        weights_scale_inputs: bool = False,
+        partial: bool = False,
     ) -> Tensor:
-        """Sum over each token's K units of weight * unit(x), or of unit(weight * x): (T, D)."""
+        """Sum over each token's K units of weight * unit(x), or of unit(weight * x): (T, D).
+
+        With `partial` some of the choices are of no unit: their index is N.
+        """
         dtype, num_active = compute_dtype(x_TD), indices_TK.shape[1]
         down_NRD = self.down_NRD.to(dtype)
         linear_units = self.config.expert_type == "lora"  # of which weight * unit(x) is unit(weight * x)
         gateable = not self._input_dropout and (linear_units or not weights_scale_inputs)
         kind = slots_for(x_TD, down_NRD, num_active, gateable)
         if kind is None:
-            gate_TN = weights_TK.new_zeros(len(x_TD), len(down_NRD)).scatter_add(1, indices_TK, weights_TK)
-            return self._gated(x_TD, gate_TN, down_NRD)
+            num_units = len(down_NRD)
+            gate_TN = weights_TK.new_zeros(len(x_TD), num_units + partial).scatter_add(1, indices_TK, weights_TK)
+            return self._gated(x_TD, gate_TN[:, :num_units], down_NRD)
         step = tokens_at_once(kind, x_TD, down_NRD, num_active)
         parts = zip(*(tensor.split(step) for tensor in (x_TD, weights_TK, indices_TK)))
-        sums = [self._by_slots(kind.of(i, len(down_NRD)), x, w, weights_scale_inputs) for x, w, i in parts]
+        sums = [self._by_slots(kind.of(i, len(down_NRD), partial), x, w, weights_scale_inputs) for x, w, i in parts]
         return sums[0] if len(sums) == 1 else torch.cat(sums)
 
     def _gated(self, x_TD: Tensor, gate_TN: Tensor, down_NRD: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from ..perft.block import FeedForward, MoeBlock
 from ..perft.moe_families import BaseRouting
 from ..perft.selection import find_dense_mlps, find_moe_blocks, select_blocks
 from ..perft.units import Units
-from ..perft.variants import VARIANTS, BlockAdapter
+from ..perft.variants import VARIANTS, BlockAdapter, adapted_experts, units_of_experts
 from ..shared.config import enumerate_names
 
 ADAPTER_KEY = "perft_adapter"
@@ -97,11 +97,9 @@ class _WithPerft(Base):
         adapters = []
         for name, parts in by_block.items():
             adapter = ServedAdapter(config, found[name], parts, self.model_config.dtype)
-            if config.variant == "embedded" and len(adapter.down_NRD) != self.model_config.get_num_experts():
-                raise ValueError(
-                    f"perft_adapter: {name} has {len(adapter.down_NRD)} adapters for the "
-                    f"{self.model_config.get_num_experts()} experts of the base model."
-                )
+            if config.variant == "embedded":
+                num_experts = self.model_config.get_num_experts()
+                adapter.put_into_experts(adapted_experts(config, name, num_experts), num_experts)
             context[adapter.name] = adapter.to(device)
             adapters.append(adapter)
         return adapters
@@ -152,6 +150,25 @@ class ServedAdapter(nn.Module):
         self.register_buffer("down_NRD", tensors["perft_down"].to(dtype), persistent=False)
         self.register_buffer("up_NDR", tensors["perft_up"].to(dtype), persistent=False)
         self.register_buffer("router_ND", tensors.get("perft_router"), persistent=False)
+        self.register_buffer("unit_of_expert_E", None, persistent=False)
+
+    def put_into_experts(self, adapted: list[int] | None, num_experts: int) -> None:
+        """Give each unit its expert.
+
+        Args:
+            adapted: as `adapted_experts` returns it.
+            num_experts: of the base model.
+
+        Raises:
+            ValueError: there are more or fewer units.
+        """
+        if len(self.down_NRD) != len(adapted or range(num_experts)):
+            raise ValueError(
+                f"perft_adapter: {self.block.name} has {len(self.down_NRD)} adapters for "
+                f"{len(adapted or range(num_experts))} experts of the base model."
+            )
+        if adapted is not None:
+            self.unit_of_expert_E = torch.tensor(units_of_experts(adapted, num_experts), device=self.down_NRD.device)
 
     @property
     def name(self) -> str:
@@ -171,7 +188,8 @@ class ServedAdapter(nn.Module):
     def forward(self, x_TD: Tensor, routing: BaseRouting) -> Tensor:
         """What is added to the block's output, or to its experts': (T, D)."""
         units = Units(self.config, self.down_NRD, self.up_NDR, training=False)
-        adapter = BlockAdapter(units, self.router_ND, self.norm_topk_prob, self.block.family)
+        family, unit_of_expert_E = self.block.family, self.unit_of_expert_E
+        adapter = BlockAdapter(units, self.router_ND, self.norm_topk_prob, family, unit_of_expert_E)
         variant = VARIANTS[self.config.variant]
         if self.config.variant == "embedded":
             return variant.add_to_experts(adapter, x_TD, routing)

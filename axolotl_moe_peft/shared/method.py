@@ -12,6 +12,8 @@ class Method:
     Attributes:
         training_fields: fields that shape training and not the model, in which a run may differ from the saved adapter
             that it continues.
+        found_before_training: fields that may be left open, and are then filled in by `calibrated` or taken over from
+            the saved adapter that a run continues.
         unmergeable: why no weight of a base model can take the adapter up; None: it merges.
         needs_labels: why it cannot be trained by trainers that call the model without labels; None: it can.
         needs_expert_labels: whether every training row belongs to an expert, whose number is the router's label.
@@ -23,6 +25,7 @@ class Method:
     """
 
     training_fields: ClassVar[tuple[str, ...]] = ()
+    found_before_training: ClassVar[tuple[str, ...]] = ()
     unmergeable: ClassVar[str | None] = None
     needs_labels: ClassVar[str | None] = None
     needs_expert_labels: ClassVar[bool] = False
@@ -64,6 +67,24 @@ class Method:
             f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name.endswith("_loss_coef")
         }
         return {name: value for name, value in coefficients.items() if value and name not in self.idle_fields}
+
+    @property
+    def calibration_rows(self) -> int:
+        """How many rows of the training data the base has to read before the adapter can be attached."""
+        return 0
+
+    def calibrated(self, model: Any, batches: Any) -> Any:
+        """This config with what a base model tells that has read some batches.
+
+        Args:
+            model: the base model of transformers.
+            batches: arguments of its call, a mapping each; or None for a config that has the right shapes and no more,
+                of a model without weights.
+
+        Raises:
+            ValueError: the base does not tell it.
+        """
+        return self
 
     def check_parts(self, base_model: str | None, saved: Any) -> None:
         """Check what an adapter is made of beside its own parameters, before a base model is loaded.

@@ -1,9 +1,10 @@
 """Lets Axolotl train in several processes on CPUs (gloo), which the host keeps to accelerators. For tests only.
 
 List `tests.cli.cpu_processes.CpuProcesses` as the first plugin and launch with torchrun and ACCELERATE_USE_CPU=true.
-Five places stand in the way: a torch with CUDA is asked whether the processes' GPUs reach each other, the device map
-is that of a GPU, the device mesh is built for CUDA, accelerate does not look at the FSDP settings of CPU processes,
-and gives CPUs numbers (cpu:0), to which torch loads no optimiser's state.
+Six places stand in the way: the process group is made for accelerators, a torch with CUDA is asked whether the
+processes' GPUs reach each other, the device map is that of a GPU, the device mesh is built for CUDA, accelerate does
+not look at the FSDP settings of CPU processes, and gives CPUs numbers (cpu:0), to which torch loads no optimiser's
+state.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class CpuProcesses(BasePlugin):
         PartialState.set_device = _set_device_without_index
         ParallelismConfig.build_device_mesh = _cpu_device_mesh
         AcceleratorState.__init__ = _init_with_fsdp
+        PartialState(cpu=True)  # the process group, before the host asks for one of accelerators
 
     def get_training_args(self, cfg: DictDefault) -> dict[str, Any]:
         return {"use_cpu": True}  # else bf16 needs a GPU

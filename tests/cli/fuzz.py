@@ -16,6 +16,7 @@ _BLOCKS: dict[str, dict[str, tuple[Any, ...]]] = {
         "variant": (None, "routed", "embedded", "dense", "single"),
         "num_experts": (None, None, 1, 3, 8),
         "num_experts_per_tok": (None, None, 1, 2),
+        "experts": (None, None, {"keep": 0.25}, {"keep": 0.5, "calibrate": 2}, {"keep": 0}, {"calibrate": 3}),
         "expert_type": (None, None, "lora", "parallel_adapter"),
         "rank": (None, 1, 4, 7),
         "alpha": (None, None, 1, 0.5),

@@ -20,6 +20,8 @@ DEFAULTS = {
     "variant": "routed",
     "num_experts": 4,
     "num_experts_per_tok": 2,
+    "experts": None,
+    "expert_ids": None,
     "expert_type": "lora",
     "rank": 16,
     "alpha": 32,

@@ -29,23 +29,27 @@ def tensors(*shapes, dtype):
 def loop(x, down, up, indices, weights):
     rows = []
     for t, experts in enumerate(indices.tolist()):
-        rows.append(sum(weights[t, j] * (up[e] @ (down[e] @ x[t])) for j, e in enumerate(experts)))
-    return torch.stack(rows)
+        of_experts = [(j, e) for j, e in enumerate(experts) if e < len(down)]
+        rows.append(sum((weights[t, j] * (up[e] @ (down[e] @ x[t])) for j, e in of_experts), torch.zeros_like(x[t])))
+    unused = 0 * sum(operand.sum() for operand in (x, down, up, weights))  # where all choices are of no expert
+    return torch.stack(rows) + unused
 
 
-def ours(kind, x, down, up, indices, weights, mask=None):
+def ours(kind, x, down, up, indices, weights, mask=None, partial=False):
     if kind is None:
-        gate = weights.new_zeros(len(x), len(down)).scatter_add(1, indices, weights)
+        gate = weights.new_zeros(len(x), len(down) + partial).scatter_add(1, indices, weights)[:, : len(down)]
         return gated_mm(x @ down.flatten(0, 1).t(), up.transpose(1, 2), gate)
-    slots = kind.of(indices, len(down))
+    slots = kind.of(indices, len(down), partial)
     weights = F.pad(weights.flatten(), (0, 1)).index_select(0, slots.choice_S)
     z = gather_mm(x, pad_rank(down), slots, mask) * weights.unsqueeze(-1)
     return scatter_mm(z, pad_rank(up.transpose(1, 2)), slots, len(x))
 
 
-def compare(kind, device: str, dtype: torch.dtype, shape, tolerance: float) -> None:
+def compare(kind, device: str, dtype: torch.dtype, shape, tolerance: float, of_none: float = 0.0) -> None:
     num_tokens, num_experts, k, width, rank = shape
     indices = choices(num_tokens, num_experts, k)
+    generator = torch.Generator().manual_seed(num_tokens)
+    indices[torch.rand(indices.shape, generator=generator) < of_none] = num_experts
     operands = tensors(
         (num_tokens, width), (num_experts, rank, width), (num_experts, width, rank), (num_tokens, k), dtype=dtype
     )
@@ -54,7 +58,7 @@ def compare(kind, device: str, dtype: torch.dtype, shape, tolerance: float) -> N
     expected.square().sum().backward()
 
     operands = [o.detach().to(device).requires_grad_() for o in operands]
-    out = ours(kind, *operands[:3], indices.to(device), operands[3])
+    out = ours(kind, *operands[:3], indices.to(device), operands[3], partial=of_none > 0)
     out.backward((2 * expected.detach()).to(device, dtype))
     for name, ours_, theirs in [
         ("output", out, expected),
@@ -77,16 +81,26 @@ def test_equals_a_loop_over_tokens(kind, dtype, tolerance, shape):
     compare(kind, "cpu", dtype, shape, tolerance)
 
 
+@pytest.mark.parametrize("of_none", [0.5, 1.0])
+@pytest.mark.parametrize("shape", [*SHAPES, (300, 4, 2, 16, 8)], ids=str)
+@pytest.mark.parametrize("kind", (*KINDS, None))
+def test_choices_of_no_expert_add_nothing(kind, shape, of_none):
+    if kind is GroupedSlots and shape[3] % 8:
+        return
+    compare(kind, "cpu", torch.float32, shape, 2e-6, of_none)
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("of_none", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 2e-3), (torch.bfloat16, 2e-2), (torch.float16, 2e-2)], ids=str
 )
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", (GroupedSlots, BlockedSlots, None))
-def test_equals_a_loop_over_tokens_on_a_gpu(kind, dtype, tolerance, shape):
+def test_equals_a_loop_over_tokens_on_a_gpu(kind, dtype, tolerance, shape, of_none):
     if kind is GroupedSlots and shape[3] % 8:
         return
-    compare(kind, "cuda", dtype, shape, tolerance)  # float32 products may run in tf32
+    compare(kind, "cuda", dtype, shape, tolerance, of_none)  # float32 products may run in tf32
 
 
 def test_the_ways_are_equal_to_rounding():

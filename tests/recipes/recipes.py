@@ -88,7 +88,10 @@ def attach(recipe: dict[str, Any]) -> PeftModel:
     """The recipe's adapter on the real architecture, without weights."""
     with tempfile.TemporaryDirectory() as folder:
         recipe = with_experts(recipe, save_untrained_experts(recipe, Path(folder)))
-        return get_peft_model(real_architecture(recipe), adapter_config(recipe))
+        model, config = real_architecture(recipe), adapter_config(recipe)
+        if getattr(config, "calibration_rows", 0):  # a LoRA's has none
+            config = config.calibrated(model, None)
+        return get_peft_model(model, config)
 
 
 def adapter_config(recipe: dict[str, Any]) -> PeftConfig:

@@ -18,7 +18,8 @@ def method(recipe: dict[str, Any]) -> str:
     block = recipe[recipe["adapter"]]
     if recipe["adapter"] == "perft":
         sizes = {"N": block.get("num_experts"), "K": block.get("num_experts_per_tok"), "rank": block["rank"]}
-        return ", ".join([_VARIANTS[block["variant"]], *(f"{k} {v}" for k, v in sizes.items() if v)])
+        chosen = [f"{100 * block['experts']['keep']:.0f} % of the experts"] if "experts" in block else []
+        return ", ".join([_VARIANTS[block["variant"]], *chosen, *(f"{k} {v}" for k, v in sizes.items() if v)])
     if recipe["adapter"] == "tt_lora":
         return f"TT-LoRA, rank {block['rank']}"
     if recipe["adapter"] == "tt_lora_moe":

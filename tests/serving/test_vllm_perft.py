@@ -45,9 +45,14 @@ class Case:
 
 
 def case(
-    family: str, variant: str, options: dict[str, Any] = _NO_GRAPH, target_modules: str | None = None, **sizes: Any
+    family: str,
+    variant: str,
+    options: dict[str, Any] = _NO_GRAPH,
+    target_modules: str | None = None,
+    expert_ids: dict[str, list[int]] | None = None,
+    **sizes: Any,
 ) -> Case:
-    keys = {"variant": variant, "target_modules": target_modules} | {
+    keys = {"variant": variant, "target_modules": target_modules, "expert_ids": expert_ids} | {
         "routed": _ROUTED,
         "dense": {"num_experts": 2},
     }.get(variant, {})
@@ -59,6 +64,9 @@ CASES = {
     # softmax, whose weights the base does not renormalise
     "olmoe routed": case("olmoe", "routed"),
     "olmoe embedded, compiled": case("olmoe", "embedded", {}),
+    "olmoe embedded in some experts": case(
+        "olmoe", "embedded", expert_ids={"model.layers.0.mlp": [3, 0], "model.layers.1.mlp": [1, 2]}
+    ),
     # softmax, renormalised
     "qwen3_moe routed": case("qwen3_moe", "routed", **_MOE, norm_topk_prob=True),
     "qwen3_moe embedded": case("qwen3_moe", "embedded", **_MOE, norm_topk_prob=True),
