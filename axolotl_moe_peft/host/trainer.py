@@ -14,6 +14,7 @@ from .fsdp2 import Fsdp2Checkpoints
 from .report import RoutingReport
 from .report_key import wants_report
 from .rows import check_rows_have_prompts
+from .usage_images import UsageImages, takes_images
 
 
 def prepare_trainer(cfg: DictDefault, trainer: Trainer) -> list[TrainerCallback]:
@@ -37,6 +38,8 @@ def prepare_trainer(cfg: DictDefault, trainer: Trainer) -> list[TrainerCallback]
     if cfg.rl and "ref" in trainer.model.peft_config:
         _copy_into_reference(trainer.model)
     callbacks: list[TrainerCallback] = [AdapterCallback(cfg, trainer)]
+    if config.has_router and takes_images(trainer):
+        callbacks.append(UsageImages(trainer))
     if wants_report(cfg):
         callbacks.append(RoutingReport(cfg, trainer))
     if trainer.accelerator.is_fsdp2:

@@ -263,8 +263,9 @@ def _label_experts(axis: Axes, router: dict[str, Any]) -> None:
 
 
 def _label_layers(axis: Axes, router: dict[str, Any]) -> None:
-    axis.set_ylabel("layer")
-    _ticks(axis.set_yticks, [str(layer["layer"]) for layer in router["layers"]], 60)
+    by_prompt = router["unit"] == "prompt"
+    axis.set_ylabel("" if by_prompt else "layer")
+    _ticks(axis.set_yticks, ["prompts" if by_prompt else str(layer["layer"]) for layer in router["layers"]], 60)
 
 
 def _ticks(set_ticks: Any, names: Sequence[str], most: int) -> None:
@@ -305,7 +306,7 @@ def _finish(axis: Axes) -> None:
 
 def _title(router: dict[str, Any]) -> str:
     whose = "the adapter's routers" if router["of"] == "adapter" else "the base model's routers"
-    return f"{whose}, {router['experts_per_choice']} of {len(router['experts'])} a token"
+    return f"{whose}, {router['experts_per_choice']} of {len(router['experts'])} a {router['unit']}"
 
 
 def _short(name: str, most: int = 28) -> str:

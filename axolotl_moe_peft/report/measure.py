@@ -104,11 +104,17 @@ def measure(
         raise ValueError("there are no rows to measure the routers on.")
     counting = _Counting(model, rows, len(datasets))
     shares = _batches(rows, tokens_per_batch)
-    with _evaluating(model), torch.no_grad(), counting.watch():
+    eagerly = torch.compiler.set_stance("force_eager")
+    with _evaluating(model), torch.no_grad(), eagerly, counting.watch():
         # as many calls in every process: where the model is sharded each needs the others
         for step in range(-(-len(shares) // processes.count)):
             at = step * processes.count + processes.index
-            counting.run(call or model, shares[min(at, len(shares) - 1)], at < len(shares), device or model.device)
+            counting.run(
+                model if call is None else call,
+                shares[min(at, len(shares) - 1)],
+                at < len(shares),
+                device or model.device,
+            )
     numbers = [row.dataset for row in rows]
     lengths = [sum(len(row.input_ids) for row in rows if row.dataset == i) for i in range(len(datasets))]
     return {

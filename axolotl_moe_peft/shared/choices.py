@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import torch
+
 from .routing import Routing
 
 Watcher = Callable[[str, str | None, Routing], None]
@@ -20,6 +22,8 @@ def note_choices(adapter_name: str, layer: str | None, routing: Routing) -> None
         layer: full name of the block that it routes for; None where it decides once for a whole sequence.
         routing: of all tokens (B * S), padding included, or of the batch's sequences in reading order.
     """
+    if torch.compiler.is_compiling():
+        return  # what is compiled stays whole; who watches runs it eagerly
     watcher = _watcher.get()
     if watcher is not None:
         watcher(adapter_name, layer, routing)

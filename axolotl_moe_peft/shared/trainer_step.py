@@ -32,6 +32,7 @@ class TrainerStep:
 
     Attributes:
         trainer: the trainer.
+        batch: what the collator made; None if that is no mapping.
         labels: the batch's labels as the collator made them; None if it has none.
         attention_mask: its mask, likewise.
         num_labels: how many of them the loss counts; None without labels.
@@ -39,6 +40,7 @@ class TrainerStep:
     """
 
     trainer: Trainer
+    batch: Mapping[str, Any] | None
     labels: Tensor | None
     attention_mask: Tensor | None
     num_labels: Tensor | None
@@ -118,12 +120,14 @@ def _keep_step(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _read_step(trainer: Trainer, inputs: Any, num_items_in_batch: Any) -> TrainerStep:
-    labels, mask = (inputs.get(k) if isinstance(inputs, Mapping) else None for k in ("labels", "attention_mask"))
+    # of its own: a trainer may take something out of the one that it calls the model with
+    batch = dict(inputs) if isinstance(inputs, Mapping) else None
+    labels, mask = (None if batch is None else batch.get(key) for key in ("labels", "attention_mask"))
     if not isinstance(labels, Tensor):
-        return TrainerStep(trainer, None, mask, None, num_items_in_batch)
+        return TrainerStep(trainer, batch, None, mask, None, num_items_in_batch)
     counted = labels
     if isinstance(inputs.get("shift_labels"), Tensor):
         counted = inputs["shift_labels"]
     elif trainer._loss_shifts_labels:
         counted = labels[..., 1:]
-    return TrainerStep(trainer, labels, mask, (counted != IGNORE_INDEX).sum(), num_items_in_batch)
+    return TrainerStep(trainer, batch, labels, mask, (counted != IGNORE_INDEX).sum(), num_items_in_batch)

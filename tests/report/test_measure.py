@@ -173,6 +173,13 @@ def test_each_process_calls_as_often_as_the_others() -> None:
     assert calls == [2, 2]
 
 
+def test_compiled_models_run_eagerly() -> None:
+    model, rows = trained("perft", tiny_model("olmoe"), []), some_rows()
+    compiled = torch.compile(model, backend="eager")
+    compiled(random_ids(2, 8))
+    assert report(model, rows, call=compiled) == report(model, rows)
+
+
 def test_without_any_router() -> None:
     model = trained("pt_moe one prompt", tiny_model("llama"), [])
     with pytest.raises(ValueError, match="neither the adapter nor the base model has a router"):
