@@ -175,9 +175,10 @@ def _without_names(rows: Dataset) -> Dataset:
 
 
 def _prepared(trainer: Trainer) -> nn.Module:
-    """The trainer's model as its own evaluation loop would call it."""
+    """The model of a trainer that has not trained, as it is to be called for evaluation."""
     accelerator, model = trainer.accelerator, trainer.model
     if not trainer.is_fsdp_enabled:
         return accelerator.prepare_model(model, evaluation_mode=True)
-    trainer.model = accelerator.prepare(model)
+    # FSDP2 shards a model together with its optimiser alone
+    trainer.model, trainer.optimizer = accelerator.prepare(model, trainer.create_optimizer())
     return trainer.model

@@ -14,6 +14,7 @@ from axolotl.utils.distributed import cleanup_distributed
 from axolotl.utils.trainer import setup_trainer
 
 from ..registration import METHODS
+from .base_model import check_base_model
 from .host_keys import REPORT
 from .report import report_of
 
@@ -61,6 +62,7 @@ def report_saved(cfg: DictDefault) -> None:
     Raises:
         ValueError: the run cannot be set up.
     """
+    check_base_model(cfg)  # before an hour of tokenising
     dataset_meta = load_datasets(cfg=cfg)
     model, tokenizer, _, processor = setup_model_and_tokenizer(cfg)
     trainer = setup_trainer(

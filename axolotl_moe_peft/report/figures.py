@@ -7,6 +7,7 @@ cells where there is room.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from matplotlib.figure import Figure
 COLOURS = "viridis_r"
 _CELLS_WITH_NUMBERS = 24  # columns at most; more are too narrow
 _PAGE = 11.5  # inches
+_LONGEST = 28  # characters of a name
 # apart in greyscale, too
 _STYLES = (
     {"color": "black", "linestyle": "-", "marker": "o"},
@@ -78,7 +80,7 @@ def datasets_figure(router: dict[str, Any], datasets: Sequence[str]) -> Figure:
         axis.set_axis_off()
     for i, (axis, name) in enumerate(zip(axes.flat, datasets)):
         image = _heat_map(axis, parts[:, i], 1.0, [f"{100 * x:.0f}" for x in parts[:, i].flat])
-        axis.set_title(_short(name), fontsize=10)
+        axis.set_title(name, fontsize=10)
         _label_experts(axis, router)
         _label_layers(axis, router)
     _bar(figure, image, axes, "part from this dataset")
@@ -89,10 +91,11 @@ def divergence_figure(routers: Sequence[dict[str, Any]]) -> Figure:
     """By layer, how far apart the datasets are in their use of the experts."""
     figure = _figure(7, 3)
     axis = figure.subplots()
+    largest = max(layer["divergence"] for router in routers for layer in router["layers"])
     for router, style in zip(routers, _STYLES):
         values = [layer["divergence"] for layer in router["layers"]]
         axis.plot(range(len(values)), values, markersize=4, label=_title(router), **style)
-    axis.set_ylim(0, 1)
+    axis.set_ylim(0, max(0.05, min(1.02, 1.15 * largest)))
     axis.set_xlabel("MoE layer" if len(routers) == 1 else "MoE layer, in order")
     axis.set_ylabel("divergence (1: disjoint)")
     axis.xaxis.get_major_locator().set_params(integer=True)
@@ -138,7 +141,7 @@ def training_figure(history: dict[str, Any]) -> Figure:
         axis.plot(steps, values, markersize=4, markevery=every, label=_TRAINING[key], **style)
     axis.set_ylim(-0.02, 1.02)
     axis.set_xlabel("step of training")
-    axis.set_ylabel("mean over layers")
+    axis.set_ylabel("figure of the log")
     axis.xaxis.get_major_locator().set_params(integer=True)
     _finish(axis)
     return figure
@@ -150,7 +153,7 @@ def drawings(report: dict[str, Any]) -> Iterator[Drawing]:
     Args:
         report: as routing.json.
     """
-    routers, datasets = report["routers"], [dataset["name"] for dataset in report["datasets"]]
+    routers, datasets = report["routers"], short_names([dataset["name"] for dataset in report["datasets"]])
     by_token = [router for router in routers if router["unit"] == "token"]
     for router in routers:
         if router["unit"] == "prompt":
@@ -309,6 +312,13 @@ def _title(router: dict[str, Any]) -> str:
     return f"{whose}, {router['experts_per_choice']} of {len(router['experts'])} a {router['unit']}"
 
 
-def _short(name: str, most: int = 28) -> str:
-    half = (most - 3) // 2
-    return name if len(name) <= most else f"{name[:half]}...{name[-half:]}"
+def _short(name: str) -> str:
+    half = (_LONGEST - 3) // 2
+    return name if len(name) <= _LONGEST else f"{name[:half]}...{name[-half:]}"
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Names of datasets that fit beside an axis and differ: without the folders that all have in common."""
+    common = len(os.path.commonprefix([f"{os.path.dirname(name)}/" for name in names]).rpartition("/")[0])
+    short = [_short(name[common:].lstrip("/") if len(names) > 1 else os.path.basename(name)) for name in names]
+    return short if len(set(short)) == len(names) else [f"{i + 1}: {name}" for i, name in enumerate(short)]

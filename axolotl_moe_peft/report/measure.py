@@ -5,6 +5,8 @@ Shape suffixes: B rows, S their length, D datasets, N experts, K experts per cho
 
 from __future__ import annotations
 
+import functools
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -257,6 +259,13 @@ class _Counting:
             "typical_prompts": [self._typical_prompts(expert, decisions, decode) for expert in range(num_experts)],
         }
 
+    @functools.cached_property
+    def _beginning(self) -> int:
+        """How many tokens all prompts begin with, such as those of a system message; 0 if one has no more."""
+        prompts = [_prompt(row) for row in self.rows]
+        common = len(os.path.commonprefix(prompts))
+        return common if common < min(map(len, prompts)) else 0
+
     def _typical_prompts(
         self, expert: int, decisions: list[Decision], decode: Callable[[list[int]], str]
     ) -> list[dict[str, Any]]:
@@ -266,7 +275,7 @@ class _Counting:
             {
                 "dataset": self.rows[decision.row].dataset,
                 "probability": round(decision.probabilities[expert], 6),
-                "text": decode(_prompt(self.rows[decision.row]))[:_TEXT],
+                "text": decode(_prompt(self.rows[decision.row])[self._beginning :])[:_TEXT],
             }
             for decision in sent[:_TYPICAL_PROMPTS]
         ]

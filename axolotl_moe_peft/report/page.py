@@ -113,7 +113,7 @@ def _typical(router: dict[str, Any], report: dict[str, Any]) -> str:
         rows = [(*map(_text, row[:3]), row[3]) for row in rows]
         return (
             '<section id="typical-prompts"><h2>The most typical prompts of each expert</h2><p class="note">Those that '
-            "it got with the highest probability, and how they begin.</p>"
+            "it got with the highest probability, and how they begin, behind what all prompts have in common.</p>"
             + _table(("expert", "dataset", "probability", "prompt"), rows, escaped=True)
             + "</section>"
         )

@@ -127,8 +127,14 @@ def test_pt_moe(kind: str, family: str) -> None:
         texts = {str(rows[i].input_ids[: len(rows[i].input_ids) // 2])[:200] for i in sent}
         assert {prompt["text"] for prompt in prompts} <= texts
     if family == "mixtral":  # the base's routers see the prompt's positions, which are no tokens of a dataset
-        totals = choices(of(found, "base")).sum((0, 2)) / 2 / 2
-        assert totals.tolist() == [sum(LENGTHS[0::2]), sum(LENGTHS[1::2])]
+        gates = {name: m for name, m in model.named_modules() if name.endswith(".gate")}
+        of_base = {name: watch(gate, gate.weight, 2) for name, gate in gates.items()}
+        with torch.no_grad():
+            for row in rows:
+                model(torch.tensor([row.input_ids]), labels=torch.tensor([row.labels]))
+        count_of_prompt = layer.ptmoe_config["default"].num_virtual_tokens
+        of_text = {name: [indices[count_of_prompt:] for indices in seen] for name, seen in of_base.items()}
+        assert torch.equal(choices(of(found, "base")), count(of_text, rows, 4))
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
@@ -155,10 +161,20 @@ def test_padding_batches_and_processes_change_nothing() -> None:
     assert whole == report(model, rows, tokens_per_batch=1)
     assert model.training
 
-    parts: list[Tensor] = []  # of the first process, then added to the second's
-    first = report(model, rows, processes=Processes(0, 2, lambda t: parts.append(t) or t))
-    second = report(model, rows, processes=Processes(1, 2, lambda t: t + parts.pop(0)))
-    assert second == whole != first
+
+@pytest.mark.parametrize(
+    "tokens_per_batch", [64, 1]
+)  # with one row a batch one process has a call for the other's sake
+@pytest.mark.parametrize("kind", ["perft", "pt_moe"])
+def test_two_processes_have_together_what_one_has(kind: str, tokens_per_batch: int) -> None:
+    model, rows = trained(kind, tiny_model("mixtral"), []), some_rows()
+    tensors: list[Tensor] = []  # of the first process, then added to the second's
+    decisions: list[Any] = []
+    settings = {"tokens_per_batch": tokens_per_batch}
+    first = Processes(0, 2, lambda t: tensors.append(t) or t, lambda d: decisions.extend(d) or d)
+    second = Processes(1, 2, lambda t: t + tensors.pop(0), lambda d: decisions + d)
+    whole, part = report(model, rows, **settings), report(model, rows, **settings, processes=first)
+    assert report(model, rows, **settings, processes=second) == whole != part
 
 
 def test_each_process_calls_as_often_as_the_others() -> None:
@@ -186,6 +202,16 @@ def test_without_any_router() -> None:
         report(model, some_rows())
     with pytest.raises(ValueError, match="no rows"):
         report(model, [])
+
+
+def test_what_all_prompts_begin_with_is_left_out() -> None:
+    model = trained("pt_moe", tiny_model("llama"), [])
+    system, answer = [7, 8], [9]
+    rows = [Row(system + [10 + i] + answer, [-100] * 3 + answer, 0) for i in range(3)]
+    texts = [p["text"] for prompts in of(report(model, rows), "adapter")["typical_prompts"] for p in prompts]
+    assert sorted(texts) == ["[10]", "[11]", "[12]"]
+    texts = [p["text"] for prompts in of(report(model, rows[:1]), "adapter")["typical_prompts"] for p in prompts]
+    assert texts == ["[7, 8, 10]"]
 
 
 def test_divergence() -> None:

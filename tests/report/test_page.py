@@ -122,6 +122,16 @@ def test_numbers_of_cells() -> None:
     assert values == pytest.approx([3 * count / sum(layer) for count in layer])
 
 
+def test_names_of_datasets_stay_apart() -> None:
+    paths = [f"example_yamls/quickstart/{task}_heldout.jsonl" for task in ("gsm8k", "boolq")]
+    assert figures.short_names(paths) == ["gsm8k_heldout.jsonl", "boolq_heldout.jsonl"]
+    assert figures.short_names(["a/b/rows.jsonl", "a/c/rows.jsonl"]) == ["b/rows.jsonl", "c/rows.jsonl"]
+    assert figures.short_names(["owner/name", "rows"]) == ["owner/name", "rows"]
+    assert figures.short_names(["a/b.jsonl"]) == ["b.jsonl"]
+    alike = [f"{'x' * 20}{i}{'y' * 20}" for i in range(2)]
+    assert [name[:3] for name in figures.short_names(alike)] == ["1: ", "2: "]
+
+
 @pytest.fixture(scope="module")
 def browser() -> str:
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
