@@ -94,6 +94,27 @@ class _ForRouter(DatasetWrappingStrategy):
         return rows.map(lambda row: columns) if columns else rows
 
 
+class NamelessCollator:
+    """Collates rows with the host's collator, without the names of their datasets, of which no model knows.
+
+    Args:
+        collator: the host's, packing or not.
+    """
+
+    def __init__(self, collator: Callable[..., Mapping[str, Any]]) -> None:
+        self.collator = collator
+
+    def __call__(self, features: list[Any], **kwargs: Any) -> Mapping[str, Any]:
+        """Collate rows (dicts), or lists of rows that are to be packed together."""
+        return self.collator([_without_name(feature) for feature in features], **kwargs)
+
+
+def _without_name(feature: Any) -> Any:
+    if isinstance(feature, list):
+        return [_without_name(row) for row in feature]
+    return {key: value for key, value in feature.items() if key != DATASET_COLUMN}
+
+
 class ExpertLabelCollator:
     """Collates rows with the host's collator, and their expert labels into `expert_labels` (B, S), -100 for padding.
 

@@ -14,6 +14,8 @@ from ..registration import METHODS
 from ..versions import warn_of_newer_versions
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from axolotl.common.datasets import TrainDatasetMeta
     from axolotl.utils.dict import DictDefault
     from peft import PeftConfig, PeftModel
@@ -33,6 +35,7 @@ def _check_name(plugins: Any) -> None:
 class MoePeftPlugin(BasePlugin):
     """Adds the adapters of this package and their blocks to Axolotl."""
 
+    _callbacks: Sequence[TrainerCallback] = ()  # of the run's trainer
     _rows: Any = None  # the training data, where an adapter is calibrated on them
 
     def register(self, cfg: dict[str, Any]) -> None:
@@ -109,8 +112,13 @@ class MoePeftPlugin(BasePlugin):
 
     def post_train(self, cfg: DictDefault, model: PeftModel) -> None:
         if cfg.adapter in METHODS:
-            from .report import check_that_it_was_written
             from .trained import finish
 
             finish(cfg)
+
+    def post_train_unload(self, cfg: DictDefault) -> None:
+        if cfg.adapter in METHODS:
+            from .report import check_that_it_was_written
+
+            # post_train comes first before the adapter is saved
             check_that_it_was_written(self._callbacks)

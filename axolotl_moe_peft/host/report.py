@@ -30,7 +30,7 @@ _PREPARED = "rows tokenised beforehand"
 
 
 class RoutingReport(TrainerCallback):
-    """Writes the report of the trainer's model; takes the names of datasets out of the trainer's rows.
+    """Writes the report of the trainer's model.
 
     Args:
         cfg: the validated YAML, which asks for it.
@@ -46,15 +46,11 @@ class RoutingReport(TrainerCallback):
     def __init__(self, cfg: DictDefault, trainer: Trainer) -> None:
         self.cfg, self.trainer = cfg, trainer
         self.error: Exception | None = None
-        self._rows = trainer.eval_dataset
-        if not isinstance(self._rows, Dataset):
+        if not isinstance(trainer.eval_dataset, Dataset):
             raise ValueError(
                 f"{cfg.adapter}.{REPORT}: true needs evaluation data that is prepared before training, and this is a "
-                f"{type(self._rows).__name__}. Give `test_datasets` without `streaming`."
+                f"{type(trainer.eval_dataset).__name__}. Give `test_datasets` without `streaming`."
             )
-        trainer.eval_dataset = _without_names(trainer.eval_dataset)
-        if isinstance(trainer.train_dataset, Dataset):
-            trainer.train_dataset = _without_names(trainer.train_dataset)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -63,7 +59,7 @@ class RoutingReport(TrainerCallback):
         try:
             self.write(self.trainer.model_wrapped, str(args.output_dir), state.log_history, state.global_step)
         except Exception as error:
-            LOG.exception("the routing report was not written")
+            LOG.error("the routing report was not written: %s", error)
             self.error = error
 
     def write_of_saved(self) -> None:
@@ -116,7 +112,7 @@ class RoutingReport(TrainerCallback):
     def _named_rows(self) -> tuple[list[str], list[Row]]:
         """The names of the datasets that have rows, in the order of the YAML, and the rows."""
         known = [json.loads(entry["conversation"])["dataset"] for entry in self.cfg.test_datasets or self.cfg.datasets]
-        rows = self._rows
+        rows = self.trainer.eval_dataset
         if DATASET_COLUMN in rows.column_names:
             of_row = [_PREPARED if name is None else name for name in rows[DATASET_COLUMN]]
         else:
@@ -168,10 +164,6 @@ def _states(folder: str) -> Iterator[Path]:
     yield Path(folder) / _STATE
     if Path(folder).is_dir() and (checkpoint := last_checkpoint(folder)):
         yield Path(checkpoint) / _STATE
-
-
-def _without_names(rows: Dataset) -> Dataset:
-    return rows.remove_columns(DATASET_COLUMN) if DATASET_COLUMN in rows.column_names else rows
 
 
 def _prepared(trainer: Trainer) -> nn.Module:

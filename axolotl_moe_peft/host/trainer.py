@@ -9,7 +9,7 @@ from transformers import Trainer, TrainerCallback
 from ..shared.batches import predicts_tokens
 from .args import CONFIGS
 from .callback import AdapterCallback
-from .dataset_strategy import COLUMN, ExpertLabelCollator
+from .dataset_strategy import COLUMN, ExpertLabelCollator, NamelessCollator
 from .fsdp2 import Fsdp2Checkpoints
 from .report import RoutingReport
 from .report_key import wants_report
@@ -41,6 +41,8 @@ def prepare_trainer(cfg: DictDefault, trainer: Trainer) -> list[TrainerCallback]
     if config.has_router and takes_images(trainer):
         callbacks.append(UsageImages(trainer))
     if wants_report(cfg):
+        trainer.data_collator = NamelessCollator(trainer.data_collator)
+        trainer.eval_data_collator = NamelessCollator(trainer.eval_data_collator)
         callbacks.append(RoutingReport(cfg, trainer))
     if trainer.accelerator.is_fsdp2:
         callbacks.append(Fsdp2Checkpoints(cfg, trainer))

@@ -116,6 +116,8 @@ def test_packed_rows_and_the_command_say_the_same(
     result = axolotl("train", packed)
     assert result.code == 0, result.output
     assert measured(packed.with_suffix("")) == measured(padded)
+    result = axolotl("evaluate", packed)  # rows keep the name of their dataset, of which no model knows
+    assert result.code == 0, result.output
     before = report_in(padded)
     (padded / "routing.json").unlink()
     result = moe_report(trained("perft"), "--lora-model-dir", str(padded))
@@ -140,6 +142,14 @@ def test_a_part_of_the_training_data(write: Callable[..., Path], axolotl: Axolot
     assert result.code == 0, result.output
     of = {d["name"]: d["rows"] for d in report_in(config.with_suffix(""))["datasets"]}
     assert set(of) == {str(folder / "train.jsonl"), str(folder / "law.jsonl")} and sum(of.values()) == 6
+
+
+def test_a_report_that_fails_leaves_a_trained_adapter(write: Callable[..., Path], axolotl: AxolotlPool) -> None:
+    config = write("perft", "in the way", plugins=[PLUGIN], max_steps=1, save_steps=9)
+    (config.with_suffix("") / "routing.json").mkdir(parents=True)
+    result = axolotl("train", config)
+    assert result.code and "RuntimeError: the adapter is trained and saved in" in result.output
+    assert (config.with_suffix("") / "adapter_model.safetensors").is_file()
 
 
 def test_without_evaluation_data(write: Callable[..., Path], axolotl: AxolotlPool) -> None:

@@ -1,32 +1,23 @@
-"""Pictures of evaluations in a tracker of Axolotl's, of packed rows, and in two processes."""
+"""Pictures of evaluations in a tracker of Axolotl's, of packed rows in two processes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.cli.cli_helpers import AxolotlPool, write_rows, write_yaml
 from tests.cli.test_cli_processes import HANGS, PLUGIN, SHIM
 
-KEYS: dict[str, Any] = {"val_set_size": 6, "eval_steps": 2, "max_steps": 4, "perft": {"rank": 4, "num_experts": 8}}
-PACKED = {"sample_packing": True, "micro_batch_size": 1, "sequence_len": 64}
 
-
-@pytest.fixture
-def write(tmp_path: Path, base_model: Callable[[str], Path]) -> Callable[..., Path]:
-    rows = write_rows(tmp_path / "rows.jsonl", ((f"what is {i}?", "ok" * (1 + i % 3)) for i in range(60)))
-    return lambda **keys: write_yaml(tmp_path / "run.yaml", base_model("mixtral"), rows, **KEYS | keys)
-
-
-@pytest.mark.parametrize("processes", [None, 2])
-def test_tensorboard(processes: int | None, write: Callable[..., Path], axolotl: AxolotlPool) -> None:
-    plugins = [PLUGIN] if processes is None else [SHIM, PLUGIN]
-    config = write(use_tensorboard=True, plugins=plugins, **PACKED if processes is None else {})
-    result = axolotl("train", config, processes=processes, timeout=HANGS)
+def test_tensorboard(tmp_path: Path, base_model: Callable[[str], Path], axolotl: AxolotlPool) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", ((f"what is {i}?", "ok" * (1 + i % 3)) for i in range(120)))
+    packed = {"sample_packing": True, "micro_batch_size": 1, "sequence_len": 64}
+    evaluations = {"val_set_size": 12, "eval_steps": 2, "max_steps": 4, "use_tensorboard": True}
+    settings = {"perft": {"rank": 4, "num_experts": 8}, "plugins": [SHIM, PLUGIN]}
+    config = write_yaml(tmp_path / "run.yaml", base_model("mixtral"), rows, **settings, **packed, **evaluations)
+    result = axolotl("train", config, processes=2, timeout=HANGS)
     assert result.code == 0, result.output
     (events,) = config.with_suffix("").rglob("events.*")
     read = EventAccumulator(str(events))

@@ -61,7 +61,7 @@ def report(routers: list[dict[str, Any]], datasets: int) -> dict[str, Any]:
 
 REPORTS = {
     "48 layers of 64 experts": lambda: report(
-        [router_of_tokens("adapter", 48, 8, 3), router_of_tokens("base", 48, 64, 3, seed=1)], 3
+        [router_of_tokens("adapter", 48, 8, 2), router_of_tokens("base", 48, 64, 2, seed=1)], 2
     ),
     "one layer of 3 experts": lambda: report([router_of_tokens("base", 1, 3, 1)], 1),
     "prompts": lambda: report(
