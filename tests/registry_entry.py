@@ -29,6 +29,7 @@ CAPABILITIES: dict[str, str | None] = {
     "load_adapter": None,
     "add_callbacks_post_trainer": "callbacks",
     "post_train": None,
+    "post_train_unload": None,
 }
 # run in the checkout, without network, where nothing but the package is installed
 CHECKS = {
