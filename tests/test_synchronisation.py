@@ -22,10 +22,11 @@ PERFT = {
         "variant": "embedded",
         "expert_ids": {f"model.layers.{i}.mlp": [0, 3, 5] for i in range(2)},
     },
+    "embedded with ranks that move": {"variant": "embedded", "rank_allocation": {"score": "gate"}},
     "dense": {"num_experts": 3},
     "single": {"expert_type": "parallel_adapter"},
 }
-CHOOSING = ("routed", "embedded", "embedded in some experts")
+CHOOSING = ("routed", "embedded", "embedded in some experts", "embedded with ranks that move")
 
 
 def reads_of_a_step(family, config):

@@ -129,6 +129,13 @@ class MoePeftArgs(_Blocks):
             )
         check_keys_beside_router_losses(self, config)
         saved = {key: continued(config, key, folder) for key, folder in saved_adapters(self)}
+        for key in ("deepspeed", "fp16") if config.edits_optimizer else ():
+            if getattr(self, key, None):
+                raise ValueError(
+                    f"{adapter}.rank_allocation does not go with `{key}`: ranks move between weights, gradients and "
+                    "optimiser states that must be there as they are, and not as flat copies or scaled. Use bf16, on "
+                    "several GPUs with DDP or FSDP2, or leave the block out."
+                )
         if not saved:
             check_rows_can_be_counted(self, config)
         config.check_parts(getattr(self, "base_model", None), saved.get(CONTINUED))

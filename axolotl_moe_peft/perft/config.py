@@ -19,6 +19,17 @@ if TYPE_CHECKING:
 
 DENSE_MLPS = "mlp"  # as `target_modules`
 DEFAULT_CALIBRATION_ROWS = 128
+# what moves ranks, and how where nothing is said; max_rank is twice the rank
+RANK_ALLOCATION = {
+    "score": "gate",
+    "prune": 0.2,
+    "grow": 0.2,
+    "max_rank": None,
+    "warmup_steps": 100,
+    "every_steps": 100,
+    "decay": 0.99,
+    "until": None,
+}
 _EXAMPLES = {"experts": "{keep: 0.25, calibrate: 128}", "expert_ids": "{model.layers.0.mlp: [3, 17]}"}
 _CHOICES = {
     "variant": ("routed", "embedded", "dense", "single"),
@@ -80,6 +91,14 @@ class PerftConfig(ModulesToSaveConfig):
     expert_ids: dict[str, list[int]] | None = field(
         default=None,
         metadata={"help": "embedded only. The adapted experts, by the block's name. `experts` fills it in."},
+    )
+    rank_allocation: dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "embedded LoRAs only. Move ranks from the least to the most important experts of a block in "
+            "training, their sum staying: score (gate or saliency), prune, grow, max_rank, warmup_steps, every_steps, "
+            "decay, until. null: every expert keeps `rank`."
+        },
     )
     expert_type: Literal["lora", "parallel_adapter"] = field(
         default="lora",
@@ -173,7 +192,8 @@ class PerftConfig(ModulesToSaveConfig):
         if self.expert_ids:
             numbers = sorted({len(ids) for ids in self.expert_ids.values()})
             count = f"inside {' to '.join(map(str, dict.fromkeys((numbers[0], numbers[-1]))))} experts of a block, "
-        return f"PERFT ({self.variant}, {count}rank: {self.rank})"
+        up_to = f" on average, up to {self.num_slots}" if self.rank_allocation else ""
+        return f"PERFT ({self.variant}, {count}rank: {self.rank}{up_to})"
 
     @property
     def has_router(self) -> bool:
@@ -206,6 +226,8 @@ class PerftConfig(ModulesToSaveConfig):
         self._resolve_expert_counts()
         self._check_ranges()
         self._check_experts()
+        if self.rank_allocation is not None:
+            self.rank_allocation = self._checked_rank_allocation()
         check_target_modules("perft.target_modules", self.target_modules)
         check_target_modules("perft.linear_target_modules", self.linear_target_modules)
         if self.linear_target_modules is not None and not self.linear_target_modules:
@@ -290,6 +312,45 @@ class PerftConfig(ModulesToSaveConfig):
 
     def continuing(self, saved: PerftConfig) -> PerftConfig:
         return replace(self, expert_ids=saved.expert_ids)
+
+    @property
+    def num_slots(self) -> int:
+        """R, the ranks that an expert's adapter has room for."""
+        return self.rank if self.rank_allocation is None else self.rank_allocation["max_rank"]
+
+    @property
+    def edits_optimizer(self) -> bool:
+        return self.rank_allocation is not None
+
+    def _checked_rank_allocation(self) -> dict[str, Any]:
+        """The block of ranks that move, with its defaults."""
+        key, given = "perft.rank_allocation", self.rank_allocation
+        for name, needed in (("variant", "embedded"), ("expert_type", "lora")):
+            if getattr(self, name) != needed:
+                raise ValueError(
+                    f"{key}: {given} means nothing with {name}: {getattr(self, name)}; it moves ranks between the "
+                    f"LoRAs inside a base's experts. Leave it out, or use {name}: {needed}."
+                )
+        if not isinstance(given, Mapping):
+            raise ValueError(f"{key}: {given!r} is not allowed; it is a block like {{score: gate}}.")
+        if unknown := set(given) - set(RANK_ALLOCATION):
+            raise ValueError(f"{key}: {min(unknown)!r} is no key of it; the keys are {', '.join(RANK_ALLOCATION)}.")
+        plan = {**RANK_ALLOCATION, "max_rank": 2 * self.rank, **{k: v for k, v in given.items() if v is not None}}
+        if plan["score"] not in ("gate", "saliency"):
+            raise ValueError(f"{key}.score: {plan['score']!r} is not known; use gate or saliency.")
+        for name in ("prune", "grow"):
+            if isinstance(plan[name], bool) or not isinstance(plan[name], (int, float)) or not 0 < plan[name] <= 0.5:
+                raise ValueError(f"{key}.{name}: {plan[name]!r} is not allowed; it is a number above 0 and up to 0.5.")
+        if not isinstance(plan["decay"], (int, float)) or not 0 <= plan["decay"] <= 1:
+            raise ValueError(f"{key}.decay: {plan['decay']!r} is not allowed; it is a number from 0 to 1.")
+        least = {"max_rank": self.rank + 1, "warmup_steps": 0, "every_steps": 1, "until": 1}
+        for name, minimum in least.items():
+            value = plan[name]
+            if value is None and name == "until":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+                raise ValueError(f"{key}.{name}: {value!r} is not allowed; it is an integer of at least {minimum}.")
+        return plan
 
     def _check_goes_beside_dense_mlps(self) -> None:
         needs_a_base_router = {

@@ -45,7 +45,14 @@ class PerftLayer(nn.Module, TunerLayer):
     """
 
     adapter_layer_names = ("perft_down", "perft_up", "perft_router")
-    other_param_names = ("perft_config", "norm_topk_prob", "num_active_experts", "num_layers", "unit_of_expert")
+    other_param_names = (
+        "perft_config",
+        "norm_topk_prob",
+        "num_active_experts",
+        "num_layers",
+        "unit_of_expert",
+        "_use",
+    )
 
     def __init__(self, block: FeedForward, auxiliary: AuxiliaryLosses) -> None:
         super().__init__()
@@ -61,6 +68,7 @@ class PerftLayer(nn.Module, TunerLayer):
         self.num_layers: dict[str, int] = {}
         # by device, and no buffer: that would lose what it says where a base arrives on the meta device
         self.unit_of_expert: dict[str, dict[torch.device, Tensor]] = {}
+        self._use: dict[str, Tensor] = {}  # of each unit since it was last taken, where ranks move by it
         self._base_scores: Callable[[Tensor], Tensor] | None = None
         self._handles = []
         if isinstance(block, MoeBlock):
@@ -81,8 +89,8 @@ class PerftLayer(nn.Module, TunerLayer):
         if config.base_router_aux_loss_coef and device.type != "meta":
             self._base_scores = base_scores(self.block)
         shape = {"dtype": torch.float32, "device": device}
-        self.perft_down[adapter_name] = nn.Parameter(torch.empty(num_experts, config.rank, width, **shape))
-        self.perft_up[adapter_name] = nn.Parameter(torch.empty(num_experts, width, config.rank, **shape))
+        self.perft_down[adapter_name] = nn.Parameter(torch.empty(num_experts, config.num_slots, width, **shape))
+        self.perft_up[adapter_name] = nn.Parameter(torch.empty(num_experts, width, config.num_slots, **shape))
         if config.variant == "routed":
             self.perft_router[adapter_name] = nn.Parameter(torch.empty(num_experts, self.block.hidden_size, **shape))
         self.perft_config[adapter_name] = config
@@ -109,6 +117,9 @@ class PerftLayer(nn.Module, TunerLayer):
         else:
             nn.init.normal_(down_NRD, std=math.sqrt(2 / config.rank))
             nn.init.normal_(up_NDR, std=_PAPER_UP_STD)
+        # slots beyond the first are for ranks that move; see rank_allocation.py
+        down_NRD[:, config.rank :] = 0
+        up_NDR[..., config.rank :] = 0
         if config.variant == "routed":
             nn.init.normal_(self.perft_router[adapter_name], std=_ROUTER_STD)
 
@@ -171,6 +182,8 @@ class PerftLayer(nn.Module, TunerLayer):
         config = self.perft_config[adapter_name]
         x_TD = hidden_states.reshape(-1, self.block.hidden_size)
         addition = VARIANTS[config.variant].add_to_block(self.adapter(adapter_name), x_TD, routing)
+        if self.block.family.routing is not None:
+            self._note_use(adapter_name, routing)
         if addition.routing is not None and self.block.reads_text:
             note_choices(adapter_name, self.block.name, addition.routing)
         if addition.delta_TD is None:
@@ -192,6 +205,30 @@ class PerftLayer(nn.Module, TunerLayer):
         losses = [loss for loss in losses if loss is not None]
         loss = sum(losses) / self.num_layers[adapter_name] if losses else None
         return auxiliary.add(x, loss, adapter_name, layer)
+
+    def take_use(self, adapter_name: str) -> Tensor:
+        """How much the base router let each unit act on real tokens since this was last asked: float32 (N,)."""
+        down_NRD = self.perft_down[adapter_name]
+        none_N = torch.zeros(len(down_NRD), dtype=torch.float32, device=down_NRD.device)
+        return self._use.pop(adapter_name, none_N)
+
+    @torch.no_grad()
+    def _note_use(self, adapter_name: str, routing: BaseRouting) -> None:
+        forward_pass = self.auxiliary.current
+        if self.perft_config[adapter_name].rank_allocation is None or forward_pass is None:
+            return
+        if not (forward_pass.running and forward_pass.training and self.perft_down[adapter_name].requires_grad):
+            return
+        weights_TK, indices_TK = routing.weights_TK.detach().float(), routing.indices_TK
+        mask_T = forward_pass.flat_mask(len(weights_TK)) if self.block.reads_text else None
+        if mask_T is not None:
+            weights_TK = weights_TK * mask_T.to(weights_TK.device).unsqueeze(-1)
+        num_units = len(self.perft_down[adapter_name])
+        unit_of_expert_E = self._unit_of_expert(adapter_name, indices_TK.device)
+        if unit_of_expert_E is not None:
+            indices_TK = unit_of_expert_E[indices_TK]
+        use = weights_TK.new_zeros(num_units + 1).index_add(0, indices_TK.flatten(), weights_TK.flatten())[:num_units]
+        self._use[adapter_name] = use + self._use.get(adapter_name, 0)
 
     def _scored(self, routing: BaseRouting) -> Routing:
         """What the base router decided, with the scores by which it did."""
@@ -216,6 +253,7 @@ class PerftLayer(nn.Module, TunerLayer):
         for adapter_name in self._active():
             variant = VARIANTS[self.perft_config[adapter_name].variant]
             delta_TD = variant.add_to_experts(self.adapter(adapter_name), x_TD, routing)
+            self._note_use(adapter_name, routing)
             if delta_TD is not None:
                 output = _add(output, delta_TD)
         return output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -17,6 +18,7 @@ from .config import PerftConfig
 from .layer import PerftLayer
 from .linear import PerftLinear
 from .probe import base_scores
+from .rank_allocation import RankAllocation, RankAllocationCallback
 from .selection import find_moe_blocks, select_blocks, select_linear_layers
 from .variants import VARIANTS
 
@@ -71,10 +73,45 @@ class PerftModel(Tuner):
             self._base_losses = BaseLosses(model)
 
     def prepare_trainer(self, trainer: Trainer) -> None:
-        """Keep a trainer from adding the base router's loss beside the adapter's coefficient of it."""
+        """Keep a trainer from adding the base router's loss beside the adapter's, and have ranks move in it.
+
+        Raises:
+            ValueError: ranks cannot move in it, or its arguments ask for the base router's loss.
+        """
         configs = {name: self.peft_config[name] for name in self.active_adapters}
         coefs = {name: config.base_router_aux_loss_coef for name, config in configs.items()}
         self._base_losses.prepare_trainer(trainer, coefs)
+        for name, config in configs.items():
+            if config.rank_allocation:
+                self._let_ranks_move(trainer, name, config)
+
+    def _let_ranks_move(self, trainer: Trainer, adapter_name: str, config: PerftConfig) -> None:
+        callbacks = trainer.callback_handler.callbacks
+        for there in (callback for callback in callbacks if isinstance(callback, RankAllocationCallback)):
+            if there.allocation.adapter_name != adapter_name:
+                raise ValueError(
+                    "perft.rank_allocation: this trainer moves the ranks of adapter "
+                    f"{there.allocation.adapter_name!r}; train {adapter_name!r} with another one."
+                )
+            return
+        if trainer.is_deepspeed_enabled:
+            raise ValueError("perft.rank_allocation does not go with DeepSpeed, whose optimiser holds flat copies.")
+        if trainer.args.fp16 and config.rank_allocation["score"] == "saliency":
+            raise ValueError(
+                "perft.rank_allocation.score: saliency reads gradients, which fp16 scales by a factor that changes. "
+                "Use bf16, or score: gate."
+            )
+        allocation = self.rank_allocation(adapter_name)
+        reduce = partial(trainer.accelerator.reduce, reduction="sum")
+        callback = RankAllocationCallback(allocation, reduce, trainer.state)
+        trainer.add_callback(callback)
+        # as the trainer notes for those that it has from the start
+        trainer.state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
+
+    def rank_allocation(self, adapter_name: str = "default") -> RankAllocation:
+        """What moves an adapter's ranks in a training loop of one's own; Trainers are served without."""
+        layers = [m for m in self.model.modules() if isinstance(m, PerftLayer) and adapter_name in m.perft_down]
+        return RankAllocation(layers, adapter_name)
 
     def _check_target_module_exists(self, peft_config: PerftConfig, key: str) -> bool:
         return key in self._blocks or key in self._linear_layers

@@ -137,6 +137,11 @@ class Embedded:
 
     def sizes(self, config: PerftConfig, block: FeedForward) -> Sizes:
         num_experts, num_active, width = embedded_sizes(block)
+        if config.rank_allocation is not None and config.num_slots > width:
+            raise ValueError(
+                f"perft.rank_allocation.max_rank: {config.num_slots} directions cannot be orthogonal in {block.name}, "
+                f"whose experts read vectors of {width} numbers. Use at most {width}."
+            )
         ids = adapted_experts(config, block.name, num_experts)
         if ids is None:
             return Sizes(num_experts, num_active, width)

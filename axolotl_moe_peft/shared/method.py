@@ -69,6 +69,11 @@ class Method:
         return {name: value for name, value in coefficients.items() if value and name not in self.idle_fields}
 
     @property
+    def edits_optimizer(self) -> bool:
+        """Whether the states of single weights in the optimiser are reached into while it trains."""
+        return False
+
+    @property
     def calibration_rows(self) -> int:
         """How many rows of the training data the base has to read before the adapter can be attached."""
         return 0

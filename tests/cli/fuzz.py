@@ -17,6 +17,12 @@ _BLOCKS: dict[str, dict[str, tuple[Any, ...]]] = {
         "num_experts": (None, None, 1, 3, 8),
         "num_experts_per_tok": (None, None, 1, 2),
         "experts": (None, None, {"keep": 0.25}, {"keep": 0.5, "calibrate": 2}, {"keep": 0}, {"calibrate": 3}),
+        "rank_allocation": (
+            *(None,) * 4,
+            {"score": "gate"},
+            {"score": "saliency", "warmup_steps": 1, "every_steps": 1},
+            {"max_rank": 1},
+        ),
         "expert_type": (None, None, "lora", "parallel_adapter"),
         "rank": (None, 1, 4, 7),
         "alpha": (None, None, 1, 0.5),

@@ -22,6 +22,7 @@ DEFAULTS = {
     "num_experts_per_tok": 2,
     "experts": None,
     "expert_ids": None,
+    "rank_allocation": None,
     "expert_type": "lora",
     "rank": 16,
     "alpha": 32,

@@ -18,6 +18,7 @@ def method(recipe: dict[str, Any]) -> str:
     block = recipe[recipe["adapter"]]
     if recipe["adapter"] == "perft":
         sizes = {"N": block.get("num_experts"), "K": block.get("num_experts_per_tok"), "rank": block["rank"]}
+        sizes["at most"] = block.get("rank_allocation", {}).get("max_rank")
         chosen = [f"{100 * block['experts']['keep']:.0f} % of the experts"] if "experts" in block else []
         return ", ".join([_VARIANTS[block["variant"]], *chosen, *(f"{k} {v}" for k, v in sizes.items() if v)])
     if recipe["adapter"] == "tt_lora":
