@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..shared.precision import autocast_as_in_training
+from .base_choices import BaseChoices, BaseRouters
 from .block import MoeBlock
 from .config import check_keep, num_kept
-from .moe_families import BaseRouting
 from .probe import embedded_sizes
 from .selection import select_blocks
 
@@ -95,54 +93,30 @@ def count_choices(
     Raises:
         ValueError: the choices of a block's router cannot be seen.
     """
-    embeddings = model.get_input_embeddings().weight
-    counters = [_Counter(block, embedded_sizes(block)[0]) for block in blocks]
+    embeddings, routers = model.get_input_embeddings().weight, BaseRouters(model)
+    counts = {block.name: torch.zeros(embedded_sizes(block)[0], dtype=torch.int64) for block in blocks}
     was_training = {module: module.training for module in model.modules()}
     model.eval()
-    with ExitStack() as stack:
-        stack.callback(lambda: [setattr(module, "training", mode) for module, mode in was_training.items()])
-        for counter in counters:
-            counter.attach(stack)
-        for batch in batches:
-            given = {name: value.to(embeddings.device) for name, value in batch.items() if name != "labels"}
-            mask = given.get("attention_mask")
-            for counter in counters:
-                counter.token_mask_T = None if mask is None else mask.flatten() > 0
-            with autocast_as_in_training(embeddings):
-                model.get_decoder()(**given, use_cache=False)
-    return {counter.block.name: counter.counts_E.cpu() for counter in counters}
+    try:
+        with routers.watch():
+            for batch in batches:
+                given = {name: value.to(embeddings.device) for name, value in batch.items() if name != "labels"}
+                with autocast_as_in_training(embeddings):
+                    model.get_decoder()(**given, use_cache=False)
+                for name, choices in routers.read().items():
+                    if name in counts and choices is not None:
+                        counts[name] = counts[name] + _count(choices, given.get("attention_mask"))
+    finally:
+        for module, training in was_training.items():
+            module.training = training
+    return counts
 
 
-class _Counter:
-    """Counts what the router of a block chooses, by hooks on it and on the experts."""
-
-    def __init__(self, block: MoeBlock, num_experts: int) -> None:
-        self.block = block
-        self.counts_E = torch.zeros(num_experts, dtype=torch.int64)
-        self.token_mask_T: Tensor | None = None  # of the batch that is read; None counts every token
-        self._routing = BaseRouting()
-
-    def attach(self, stack: ExitStack) -> None:
-        """Begin to count, until the stack ends."""
-        block = self.block
-        stack.enter_context(block.router.register_forward_hook(self._note_router))
-        if block.experts is not None and block.family.routing is None:
-            stack.enter_context(block.experts.register_forward_pre_hook(self._note_experts, with_kwargs=True))
-
-    def _note_router(self, router: nn.Module, args: tuple, output: Any) -> None:
-        self._routing = self.block.read_router(output)
-        if self.block.family.routing is not None:
-            self._count(self._routing)
-
-    def _note_experts(self, experts: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        call = self.block.read_experts_call(args, kwargs, self._routing)
-        if call is not None:
-            self._count(call.routing)
-
-    def _count(self, routing: BaseRouting) -> None:
-        # what is chosen with the weight 0 is no expert; see MoeBlock.read_router
-        counted_TK = (routing.weights_TK != 0).long()
-        if self.token_mask_T is not None and self.block.reads_text:
-            counted_TK = counted_TK * self.token_mask_T.unsqueeze(-1)
-        indices_C = routing.indices_TK.flatten().long()
-        self.counts_E = self.counts_E.to(indices_C.device).index_add(0, indices_C, counted_TK.flatten())
+def _count(choices: BaseChoices, attention_mask: Tensor | None) -> Tensor:
+    counted_TK = torch.ones_like(choices.indices_TK, dtype=torch.int64)
+    if choices.chosen_TK is not None:
+        counted_TK = counted_TK * choices.chosen_TK
+    if attention_mask is not None:
+        counted_TK = counted_TK * (attention_mask.to(counted_TK.device).flatten() > 0).unsqueeze(-1)
+    counts_E = counted_TK.new_zeros(choices.num_experts)
+    return counts_E.index_add(0, choices.indices_TK.flatten(), counted_TK.flatten()).cpu()
