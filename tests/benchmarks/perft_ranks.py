@@ -4,7 +4,7 @@
 
 MODEL is the folder of the quick start's MoE. Each run is a line of JSON in RESULTS: the loss per supervised token of
 the held-out rows of GSM8K afterwards, and the ranks of the experts at the end, from least to most in a block. A
-run that has a line is not made again. Without RESULTS' missing runs, it prints the table.
+run that has a line is not made again; at the end it prints their table.
 """
 
 from __future__ import annotations
