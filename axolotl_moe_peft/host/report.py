@@ -86,7 +86,7 @@ class RoutingReport(TrainerCallback):
             rows,
             names,
             partial(trainer.processing_class.decode, skip_special_tokens=False),
-            tokens_per_batch=trainer.args.per_device_eval_batch_size * (cfg.eval_sequence_len or cfg.sequence_len),
+            tokens_per_batch=self._tokens_per_batch(rows),
             call=model,
             device=accelerator.device,
             processes=Processes(
@@ -108,6 +108,12 @@ class RoutingReport(TrainerCallback):
             report = {**described, **measured, "history": history_of(log_history)}
             paths = write(report, Path(cfg.output_dir))
             LOG.info("the routing report: %s", ", ".join(map(str, paths)))
+
+    def _tokens_per_batch(self, rows: list[Row]) -> int:
+        """As many as the largest batch of the trainer's own evaluation has, whose memory there is."""
+        packed = self.cfg.sample_packing and self.cfg.eval_sample_packing is not False
+        length = self.cfg.sequence_len if packed else max((len(row.input_ids) for row in rows), default=1)
+        return self.trainer.args.per_device_eval_batch_size * length
 
     def _named_rows(self) -> tuple[list[str], list[Row]]:
         """The names of the datasets that have rows, in the order of the YAML, and the rows."""

@@ -86,6 +86,7 @@ def measured(folder: Path) -> dict[str, Any]:
     return {key: report_in(folder)[key] for key in ("datasets", "routers", "hidden")}
 
 
+@pytest.mark.matrix("routing_report: at the end of training", "{adapter}")
 @pytest.mark.parametrize("adapter", METHODS)
 def test_training_ends_with_a_report(adapter: str, trained: Callable[..., Path], folder: Path) -> None:
     report = report_in(trained(adapter).with_suffix(""))
@@ -108,6 +109,7 @@ def test_training_ends_with_a_report(adapter: str, trained: Callable[..., Path],
     assert f"{sum(tokens):,} tokens" in page
 
 
+@pytest.mark.matrix("routing_report: packed, and axolotl moe-report", "perft")
 def test_packed_rows_and_the_command_say_the_same(
     trained: Callable[..., Path], write: Callable[..., Path], axolotl: AxolotlPool
 ) -> None:
@@ -125,11 +127,13 @@ def test_packed_rows_and_the_command_say_the_same(
     assert report_in(padded) == before
 
 
+@pytest.mark.matrix("routing_report: processes: 2, {mode}", "perft")
 @pytest.mark.parametrize("mode", list(MODES)[:2])
 def test_two_processes_measure_what_one_does(
     mode: str, trained: Callable[..., Path], write: Callable[..., Path], axolotl: AxolotlPool
 ) -> None:
-    config = write("perft", mode, plugins=[SHIM, PLUGIN], **MODES[mode])
+    # of so few tokens that the rows are several batches
+    config = write("perft", mode, plugins=[SHIM, PLUGIN], eval_batch_size=1, **MODES[mode])
     result = axolotl("train", config, processes=2, timeout=HANGS)
     assert result.code == 0, result.output
     assert measured(config.with_suffix("")) == measured(trained("perft").with_suffix(""))
