@@ -63,7 +63,7 @@ def continued(config: PeftConfig, key: str, folder: str) -> PeftConfig:
     for name in own_fields(type(config)):
         given, made_with = getattr(config, name), getattr(saved, name)
         left_open = given is None and name in config.found_before_training
-        if name not in config.training_fields and given != made_with and not left_open:
+        if name not in config.training_fields and not left_open and not config.makes_the_same(name, saved):
             raise ValueError(
                 f"the block says {name}: {given!r}, but the adapter in {folder!r} ({key}) was made with "
                 f"{made_with!r}. Make the block the same as the saved adapter_config.json."

@@ -310,6 +310,11 @@ class PerftConfig(ModulesToSaveConfig):
             return replace(self, expert_ids=first_experts(model, self.experts["keep"], **where))
         return replace(self, expert_ids=calibrate_experts(model, batches, self.experts["keep"], **where))
 
+    def makes_the_same(self, name: str, saved: PerftConfig) -> bool:
+        if name == "rank_allocation":  # how ranks move shapes training only
+            return self.num_slots == saved.num_slots
+        return super().makes_the_same(name, saved)
+
     def continuing(self, saved: PerftConfig) -> PerftConfig:
         return replace(self, expert_ids=saved.expert_ids)
 

@@ -91,6 +91,10 @@ class Method:
         """
         return self
 
+    def makes_the_same(self, name: str, saved: Any) -> bool:
+        """Whether a field makes the same model here as in the config of a saved adapter."""
+        return getattr(self, name) == getattr(saved, name)
+
     def check_parts(self, base_model: str | None, saved: Any) -> None:
         """Check what an adapter is made of beside its own parameters, before a base model is loaded.
 

@@ -384,6 +384,18 @@ def test_a_run_resumes_only_the_adapter_that_it_was(
     assert load(**keys_of(adapter, made_with), **given)
 
 
+@pytest.mark.parametrize("key", ["resume_from_checkpoint", "lora_model_dir"])
+def test_a_run_may_move_ranks_in_another_way_and_not_in_another_room(key: str, load: Load, tmp_path: Path) -> None:
+    block = {"variant": "embedded", "rank": 3}
+    PerftConfig(**block, rank_allocation={"score": "gate", "max_rank": 5}).save_pretrained(tmp_path)
+    (tmp_path / "adapter_model.safetensors").touch()
+    moves = {"score": "saliency", "max_rank": 5, "every_steps": 7}
+    assert load(**keys_of("perft", block | {"rank_allocation": moves}), **{key: str(tmp_path)})
+    for moves in ({"score": "gate", "max_rank": 6}, None):
+        with pytest.raises(ValueError, match=rf"the block says rank_allocation: .*\({key}\) was made with"):
+            load(**keys_of("perft", block | {"rank_allocation": moves}), **{key: str(tmp_path)})
+
+
 def test_a_checkpoint_to_resume_from_must_be_there(load: Load) -> None:
     with pytest.raises(ValueError, match="resume_from_checkpoint: there is no folder 'outputs/typo'"):
         load(resume_from_checkpoint="outputs/typo")
