@@ -53,11 +53,12 @@ class Drawing(NamedTuple):
 def usage_figure(routers: Sequence[dict[str, Any]]) -> Figure:
     """Layer by expert: each expert's share of its layer's choices, the routers side by side, on one scale."""
     shares = [_shares(router) for router in routers]
-    largest = max(1.0, *(float(np.nanmax(share * share.shape[1])) for share in shares))
+    multiples = [share * np.isfinite(share).sum(1, keepdims=True) for share in shares]
+    largest = max(1.0, *(float(np.nanmax(multiple)) for multiple in multiples))
     figure = _figure(sum(_width(share) for share in shares), max(_height(share) for share in shares))
     axes = figure.subplots(1, len(routers), squeeze=False, width_ratios=[_width(share) for share in shares])[0]
-    for axis, router, share in zip(axes, routers, shares):
-        image = _heat_map(axis, share * share.shape[1], largest, [f"{100 * x:.0f}" for x in share.flat])
+    for axis, router, share, multiple in zip(axes, routers, shares, multiples):
+        image = _heat_map(axis, multiple, largest, [f"{100 * x:.0f}" for x in share.flat])
         axis.set_title(_title(router), fontsize=10)
         _label_experts(axis, router)
         _label_layers(axis, router)
@@ -68,7 +69,7 @@ def usage_figure(routers: Sequence[dict[str, Any]]) -> Figure:
 def datasets_figure(router: dict[str, Any], datasets: Sequence[str]) -> Figure:
     """A panel for each dataset: what part of an expert's choices is from it, were all datasets of one size."""
     counts = _counts(router)  # (layers, datasets, experts)
-    usage = counts / np.maximum(counts.sum(2, keepdims=True), 1)
+    usage = counts / np.maximum(np.nansum(counts, 2, keepdims=True), 1)
     with np.errstate(invalid="ignore"):
         parts = usage / usage.sum(1, keepdims=True)
     width, height = _width(parts[:, 0]), _height(parts[:, 0])
@@ -227,13 +228,13 @@ def _counts(router: dict[str, Any]) -> np.ndarray:
     for i, layer in enumerate(layers):
         choices = np.array(layer["choices"], dtype=float)
         counts[i, :, : choices.shape[1]] = choices
-    return counts if np.isfinite(counts).all() else np.where(np.isnan(counts), 0, counts)
+    return counts
 
 
 def _shares(router: dict[str, Any]) -> np.ndarray:
-    """Each expert's share of a layer's choices: (layers, experts)."""
+    """Each expert's share of a layer's choices: (layers, experts); NaN for experts that a layer does not have."""
     counts = _counts(router).sum(1)
-    return counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    return counts / np.maximum(np.nansum(counts, 1, keepdims=True), 1)
 
 
 def _figure(width: float, height: float) -> Figure:

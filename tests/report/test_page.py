@@ -22,7 +22,7 @@ from matplotlib.transforms import Bbox
 
 from axolotl_moe_peft.report import figures
 from axolotl_moe_peft.report.page import page, write
-from tests.report.reports import FIGURES, REPORTS
+from tests.report.reports import FIGURES, REPORTS, router_of_tokens
 
 every_report = pytest.mark.parametrize("name", REPORTS)
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
@@ -120,6 +120,17 @@ def test_numbers_of_cells() -> None:
     assert texts == [f"{100 * count / sum(layer):.0f}" for count in layer]
     values = drawing.figure.axes[0].images[0].get_array().tolist()[0]
     assert values == pytest.approx([3 * count / sum(layer) for count in layer])
+
+
+def test_layers_with_fewer_experts() -> None:
+    router = router_of_tokens("base", 2, 4, 2)
+    router["layers"][0] = router_of_tokens("base", 1, 2, 2)["layers"][0]
+    for figure in (figures.usage_figure([router]), figures.datasets_figure(router, ["a", "b"])):
+        cells = figure.axes[0].images[0].get_array()
+        assert cells.mask.tolist() == [[False, False, True, True], [False] * 4]
+        assert len(figure.axes[0].texts) == 6
+    first = figures.usage_figure([router]).axes[0].images[0].get_array()[0]
+    assert first[:2].mean() == pytest.approx(1)  # an equal share of two
 
 
 def test_names_of_datasets_stay_apart() -> None:
