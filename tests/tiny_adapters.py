@@ -28,6 +28,11 @@ BLOCKS: dict[str, tuple[str, dict[str, Any]]] = {
         | {"router_aux_loss_coef": AUX, "router_z_loss_coef": Z},
     ),
     "perft embedded": ("perft", {"variant": "embedded", "rank": RANK, "base_router_aux_loss_coef": AUX}),
+    "perft in some experts": (
+        "perft",
+        {"variant": "embedded", "rank": RANK, "expert_ids": {f"model.layers.{i}.mlp": [2, 0] for i in range(2)}}
+        | {"rank_allocation": {"max_rank": RANK + 2}},
+    ),
     "perft dense": ("perft", {"variant": "dense", "num_experts": 2, "rank": RANK}),
     "perft single": ("perft", {"variant": "single", "expert_type": "parallel_adapter", "rank": RANK}),
     "perft beside MLPs": (
