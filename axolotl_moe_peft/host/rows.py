@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 import pyarrow.compute as pc
+import torch
 from axolotl.utils.logging import get_logger
 from datasets import Dataset
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..shared.batches import IGNORE_INDEX
@@ -15,6 +20,7 @@ KEY = "rows_without_prompt"
 _SHOWN = 5
 _ROWS_AT_A_TIME = 10_000
 _LENGTH = 60
+_OF_TOKENS = ("input_ids", "labels", "attention_mask", "position_ids")
 
 
 def check_rows_have_prompts(name: str, rows: object, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -53,6 +59,22 @@ def drop_rows_without_prompt(name: str, rows: Dataset) -> Dataset:
     LOG.info("%s: %d of %d rows have no prompt and are left out: %s", name, len(found), len(rows), _some(found))
     without = set(found)
     return rows.select([i for i in range(len(rows)) if i not in without])
+
+
+def spread_rows(rows: object, with_labels: bool, most: int = 256) -> Iterator[dict[str, Tensor]]:
+    """Some of the training rows, spread over all of them, as batches of one row; of a stream the first.
+
+    Args:
+        rows: tokenised rows; None, or rows of pairs, are none.
+        with_labels: whether their labels are of tokens.
+        most: of them.
+    """
+    if isinstance(rows, Dataset):
+        rows = rows.select(range(0, len(rows), -(-len(rows) // most) or 1))
+    for row in itertools.islice(rows or (), most):
+        if "input_ids" in row:
+            names = [name for name in _OF_TOKENS if row.get(name) is not None and (with_labels or name != "labels")]
+            yield {name: torch.tensor([row[name]]) for name in names}
 
 
 def _some(numbers: list[int]) -> str:

@@ -13,7 +13,7 @@ from .dataset_strategy import COLUMN, ExpertLabelCollator, NamelessCollator
 from .fsdp2 import Fsdp2Checkpoints
 from .report import RoutingReport
 from .report_key import wants_report
-from .rows import check_rows_have_prompts
+from .rows import check_rows_have_prompts, spread_rows
 from .usage_images import UsageImages, takes_images
 
 
@@ -33,6 +33,10 @@ def prepare_trainer(cfg: DictDefault, trainer: Trainer) -> list[TrainerCallback]
         # those that were tokenised beforehand nobody has looked through
         check_rows_have_prompts("prepared rows", trainer.train_dataset, trainer.processing_class)
         check_rows_have_prompts("prepared rows for evaluation", trainer.eval_dataset, trainer.processing_class)
+    trainer.model.base_model.measure_on(
+        spread_rows(trainer.train_dataset, predicts_tokens(trainer.model.get_base_model())),
+        trainer.model.active_adapter,
+    )
     if CONFIGS[cfg.adapter].needs_expert_labels:
         _collate_expert_labels(trainer)
     if cfg.rl and "ref" in trainer.model.peft_config:

@@ -29,9 +29,21 @@ class PTMoeConfig(ModulesToSaveConfig):
         default=36,
         metadata={"help": "R: expert i is A_i B, with A_i (T, R) and B (R, H) shared by all. null: not factorised."},
     )
-    top_k: int = field(default=1, metadata={"help": "Experts that a sequence's prompt is mixed from."})
+    top_k: int = field(
+        default=1,
+        metadata={
+            "help": "Experts that a sequence's prompt is mixed from; num_experts: all, by the router's weights."
+        },
+    )
     router_noise_std: float = field(
         default=0.1, metadata={"help": "Multiplicative Gaussian noise on the router's logits, in training only."}
+    )
+    center_router_input: bool = field(
+        default=False,
+        metadata={
+            "help": "Let the router read what tells prompts apart: their mean embedding less that of the training "
+            "prompts, at a fixed length. false: the mean embedding itself, as in the paper."
+        },
     )
     scale_by_router_prob: bool = field(
         default=True,
@@ -65,8 +77,8 @@ class PTMoeConfig(ModulesToSaveConfig):
         "init_text",
     )
     against_collapse: ClassVar[str] = (
-        "The mixture is one prompt. Raise `router_aux_loss_coef` (with little rows a micro-batch, and "
-        "`router_aux_loss_scope: global_batch`), or take `num_experts: 1`, which has no router."
+        "The mixture is one prompt. If prompts are of several kinds, set `center_router_input: true` and `top_k` to "
+        "`num_experts`, or raise `router_aux_loss_coef`; else take `num_experts: 1`, which has no router."
     )
     unmergeable: ClassVar[str] = (
         "it is a prompt before the text, chosen per sequence, and no weight of the base model computes that"
@@ -85,6 +97,10 @@ class PTMoeConfig(ModulesToSaveConfig):
     @property
     def has_router(self) -> bool:
         return self.num_experts > 1  # a single prompt is not chosen
+
+    @property
+    def takes_all_experts(self) -> bool:
+        return self.top_k == self.num_experts
 
     @property
     def reads_prompts(self) -> bool:
@@ -122,6 +138,11 @@ class PTMoeConfig(ModulesToSaveConfig):
             )
 
     def _check_router(self) -> None:
+        if self.center_router_input and not self.has_router:
+            raise ValueError(
+                "pt_moe.center_router_input: true means nothing with num_experts: 1, which has no router. Leave it "
+                "out."
+            )
         if self.top_k > self.num_experts:
             raise ValueError(
                 f"pt_moe.top_k: {self.top_k} is more than num_experts ({self.num_experts}); a prompt cannot be mixed "
@@ -143,6 +164,17 @@ class PTMoeConfig(ModulesToSaveConfig):
             raise ValueError(
                 f"pt_moe.router_aux_loss_coef: {self.router_aux_loss_coef} means nothing with num_experts: 1, which "
                 "has no router. Leave it out."
+            )
+        if self.has_router and self.takes_all_experts and self.router_aux_loss_coef:
+            raise ValueError(
+                f"pt_moe.router_aux_loss_coef: {self.router_aux_loss_coef} means nothing where every prompt is mixed "
+                f"from all {self.num_experts} experts, whose load is equal whatever the router says. Set top_k: 1, or "
+                "leave the key out."
+            )
+        if self.has_router and self.takes_all_experts and not self.scale_by_router_prob:
+            raise ValueError(
+                "pt_moe.scale_by_router_prob: false means that every prompt is the sum of all experts, whatever the "
+                "router says, where it is mixed from all of them. Set top_k: 1, or leave the key out."
             )
         if self.num_experts > 1 and not self.scale_by_router_prob and not self.router_aux_loss_coef:
             raise ValueError(

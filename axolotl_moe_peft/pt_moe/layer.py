@@ -10,6 +10,8 @@ import warnings
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -21,6 +23,12 @@ from ..shared.routing import Routing, router_logits, top_k_routing
 from .config import PTMoeConfig
 
 _ROUTER_STD = 0.02
+# A centred router input has this length, and its router this start: logits of about 1, as different for unlike prompts
+# as can be, so that the experts part from the first step on; and at a prompt's learning rate, 0.1 with Adam, they move
+# by about 1 a step and not by 10.
+_CENTERED_LENGTH, _CENTERED_ROUTER_STD = 0.5, 2.0
+# Prompts from which on the mean that is subtracted stays as it is.
+MEAN_OF = 256
 # Singular values below this share of the largest are rounding errors of zeros.
 _RANK_TOLERANCE = 1e-6
 
@@ -29,14 +37,16 @@ class PTMoeLayer(nn.Module, BaseTunerLayer):
     """The prompt experts and their router. It is never called: PromptInsertion asks it for prompts.
 
     Adapter parameters, by adapter name, in float32: ptmoe_experts (N, T, R) and ptmoe_shared (R, D), or without rank
-    ptmoe_experts (N, T, D); with more than one expert ptmoe_router_weight (N, D) and ptmoe_router_bias (N,).
+    ptmoe_experts (N, T, D); with more than one expert ptmoe_router_weight (N, D) and ptmoe_router_bias (N,), and where
+    the router's input is centred ptmoe_router_mean (D,) and ptmoe_router_mean_count (1,), which are measured and not
+    trained.
 
     Args:
         auxiliary: the model's auxiliary losses.
     """
 
     adapter_layer_names = ("ptmoe_experts", "ptmoe_shared", "ptmoe_router_weight", "ptmoe_router_bias")
-    other_param_names = ("ptmoe_config",)
+    other_param_names = ("ptmoe_router_mean", "ptmoe_router_mean_count", "ptmoe_config")
 
     def __init__(self, auxiliary: AuxiliaryLosses) -> None:
         super().__init__()
@@ -45,10 +55,14 @@ class PTMoeLayer(nn.Module, BaseTunerLayer):
         self.ptmoe_shared = nn.ParameterDict()
         self.ptmoe_router_weight = nn.ParameterDict()
         self.ptmoe_router_bias = nn.ParameterDict()
+        # parameters, as FSDP2 brings no buffers to the other processes
+        self.ptmoe_router_mean = nn.ParameterDict()
+        self.ptmoe_router_mean_count = nn.ParameterDict()
         self.ptmoe_config: dict[str, PTMoeConfig] = {}
         # what adapters that could not start from their text start from, until they are loaded
         self.without_text: dict[str, nn.Parameter] = {}
         self._device: torch.device | None = None
+        self._calls_to_measure: dict[str, int] = {}  # by adapter, once its training has begun
 
     def update_layer(self, adapter_name: str, config: PTMoeConfig, hidden_size: int, device: torch.device) -> None:
         """Add an adapter of this configuration; `reset_parameters` initialises it."""
@@ -63,6 +77,11 @@ class PTMoeLayer(nn.Module, BaseTunerLayer):
                 torch.empty(config.num_experts, hidden_size, **shape)
             )
             self.ptmoe_router_bias[adapter_name] = nn.Parameter(torch.empty(config.num_experts, **shape))
+        if config.center_router_input:
+            mean_D, count = torch.zeros(hidden_size, **shape), torch.zeros(1, **shape)
+            self.ptmoe_router_mean[adapter_name] = nn.Parameter(mean_D, requires_grad=False)
+            self.ptmoe_router_mean_count[adapter_name] = nn.Parameter(count, requires_grad=False)
+        self._calls_to_measure.pop(adapter_name, None)
         self.ptmoe_config[adapter_name] = config
         self.without_text.pop(adapter_name, None)
         self._device = device
@@ -95,7 +114,8 @@ class PTMoeLayer(nn.Module, BaseTunerLayer):
         if config.num_experts > 1:
             weight = self.ptmoe_router_weight[adapter_name]
             generator = torch.Generator().manual_seed(torch.initial_seed())
-            weight.copy_(torch.randn(weight.shape, generator=generator) * _ROUTER_STD)
+            std = _CENTERED_ROUTER_STD if config.center_router_input else _ROUTER_STD
+            weight.copy_(torch.randn(weight.shape, generator=generator) * std)
             nn.init.zeros_(self.ptmoe_router_bias[adapter_name])
 
     def prompts(self, adapter_name: str, sequences: Sequences, embeds_BSD: Tensor, learns: bool) -> Tensor:
@@ -130,6 +150,8 @@ class PTMoeLayer(nn.Module, BaseTunerLayer):
     def _route(self, adapter_name: str, x_QD: Tensor, learns: bool) -> tuple[Tensor, Tensor | None]:
         """Each expert's weight, (Q, N), K of them not 0; and the router loss if there is one."""
         config = self.ptmoe_config[adapter_name]
+        if config.center_router_input:
+            x_QD = self._center(adapter_name, x_QD, learns)
         logits_QN = router_logits(x_QD, self.ptmoe_router_weight[adapter_name], self.ptmoe_router_bias[adapter_name])
         if learns and config.router_noise_std:
             logits_QN = logits_QN * (1 + config.router_noise_std * torch.randn_like(logits_QN))
@@ -137,11 +159,51 @@ class PTMoeLayer(nn.Module, BaseTunerLayer):
         if not config.scale_by_router_prob:
             weights_QK = 0 * weights_QK + 1
         weights_QN = torch.zeros_like(logits_QN).scatter(1, indices_QK, weights_QK)
-        loss, routing = None, Routing(logits_QN, indices_QK)
+        # of a mixture of all, what is counted is the expert with the largest share
+        loss, routing = None, Routing(logits_QN, indices_QK[:, :1] if config.takes_all_experts else indices_QK)
         note_choices(adapter_name, None, routing)
         if self.ptmoe_experts[adapter_name].requires_grad:
             loss = self.auxiliary.losses(adapter_name, "prompt", config, routing, padded=False)
         return weights_QN, loss
+
+    def _center(self, adapter_name: str, x_QD: Tensor, learns: bool) -> Tensor:
+        """Each sequence's input less what all have in common, at a fixed length."""
+        if learns and torch.is_grad_enabled() and self.ptmoe_router_weight[adapter_name].requires_grad:
+            self._measure_on_the_way(adapter_name, x_QD)
+        centered_QD = x_QD - self.ptmoe_router_mean[adapter_name]
+        return _CENTERED_LENGTH * F.normalize(centered_QD, dim=-1)
+
+    @torch.no_grad()
+    def set_router_mean(self, adapter_name: str, mean_D: Tensor) -> None:
+        """Take this for what all router inputs have in common, for good."""
+        self.ptmoe_router_mean[adapter_name].copy_(mean_D)
+        self.ptmoe_router_mean_count[adapter_name].fill_(MEAN_OF)
+
+    def _measure_on_the_way(self, adapter_name: str, x_QD: Tensor) -> None:
+        """Let the first prompts of training, in all processes, be part of the mean."""
+        if adapter_name not in self._calls_to_measure:
+            missing = MEAN_OF - int(self.ptmoe_router_mean_count[adapter_name])
+            self._calls_to_measure[adapter_name] = missing
+            if missing > 0 and self.auxiliary.is_sharded:
+                raise RuntimeError(
+                    "pt_moe: what prompts have in common cannot be measured in a model that FSDP has sharded. Call "
+                    "`model.base_model.measure_on(batches)` before it is, or set center_router_input: false."
+                )
+        if self._calls_to_measure[adapter_name] > 0:
+            self._calls_to_measure[adapter_name] -= 1  # every call has a prompt
+            self._add_to_mean(adapter_name, x_QD)
+
+    @torch.no_grad()
+    def _add_to_mean(self, adapter_name: str, x_QD: Tensor) -> None:
+        """Make these sequences' inputs part of the mean unless it is complete; every process must call."""
+        mean_D, count = self.ptmoe_router_mean[adapter_name], self.ptmoe_router_mean_count[adapter_name]
+        added = torch.cat([x_QD.sum(0), x_QD.new_full((1,), len(x_QD))])
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(added)
+        is_open, new_count = count < MEAN_OF, count + added[-1]
+        new_mean_D = mean_D + (added[:-1] - added[-1] * mean_D) / new_count.clamp(min=1)
+        mean_D.copy_(torch.where(is_open, new_mean_D, mean_D))
+        count.copy_(torch.where(is_open, new_count, count))
 
     def active_adapter_name(self) -> str | None:
         """The adapter whose prompts are inserted; None if there is none.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from ..shared.auxiliary import AuxiliaryLosses
+from ..shared.batches import find_sequences
 from ..shared.evaluation_harness import watch_evaluation
 from ..shared.statistics import RouterStatistics
 from ..shared.summary import ParameterRow, parameter_row
@@ -125,13 +127,38 @@ class PTMoeModel(Tuner):
         ids = tokenizer(texts, add_special_tokens=False).input_ids
         return ids if all(ids) else None
 
+    @torch.no_grad()
+    def measure_on(self, batches: Iterable[Mapping[str, Any]], adapter_name: str = "default") -> None:
+        """Measure what the router inputs of the training data have in common, unless the adapter knows it.
+
+        Without it the first prompts of training do. In a model that is to be sharded it has to be called before.
+
+        Args:
+            batches: arguments of the model's calls, the same on every process: input_ids (B, S), and as the data have
+                them labels, attention_mask and position_ids.
+            adapter_name: whose router.
+        """
+        layer, config = self._layer, self.peft_config[adapter_name]
+        embedding = prompted_part(self.model).get_input_embeddings()
+        if not config.center_router_input or embedding.weight.is_meta:  # another process gives the mean, too
+            return
+        if layer.ptmoe_router_mean_count[adapter_name].any():
+            return
+        inputs = []
+        for batch in batches:
+            batch = {name: value.to(embedding.weight.device) for name, value in batch.items()}
+            embeds_BSD = embedding(batch["input_ids"])
+            inputs.append(find_sequences(batch, config.router_input).prompt_mean(embeds_BSD))
+        if inputs:
+            layer.set_router_mean(adapter_name, torch.cat(inputs).mean(0))
+
     def parameter_rows(self, adapter_name: str = "default") -> list[ParameterRow]:
         """What is trainable in the model, by part: experts, the factor they share, router, other (nothing)."""
         layer, config = self._layer, self.peft_config[adapter_name]
         experts = [layer.ptmoe_experts[adapter_name]]
         shared = [layer.ptmoe_shared[adapter_name]] if adapter_name in layer.ptmoe_shared else []
         routers = (layer.ptmoe_router_weight, layer.ptmoe_router_bias)
-        router = [part[adapter_name] for part in routers if adapter_name in part]
+        router = [part[adapter_name] for part in routers if adapter_name in part]  # its mean is not trained
         return [
             parameter_row("experts", experts, experts[0].numel() // config.num_experts * config.top_k),
             parameter_row("shared", shared),

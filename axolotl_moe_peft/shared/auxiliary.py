@@ -154,6 +154,14 @@ class AuxiliaryLosses:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state | {"_unread": WeakSet(), "_global_batch": GlobalBatch()})
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether processes have parts of the model's parameters each, so that none can write to a whole one."""
+        from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel  # a second, for those who ask
+
+        by_fsdp = any(isinstance(m, (FSDPModule, FullyShardedDataParallel)) for m in self._model.modules())
+        return by_fsdp or any(hasattr(p, "ds_id") for p in self._model.parameters())  # DeepSpeed's ZeRO-3
+
     def detach(self) -> None:
         """Stop following the model."""
         for handle in self._handles:

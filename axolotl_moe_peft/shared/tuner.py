@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -55,6 +55,14 @@ class Tuner(BaseTuner):
         return (
             peft_config  # BaseTuner would look up target modules by the model's type; ours have a default or need none
         )
+
+    def measure_on(self, batches: Iterable[Mapping[str, Any]], adapter_name: str = "default") -> None:
+        """Measure what an adapter has to know of its training data before it is trained; most need nothing.
+
+        Args:
+            batches: arguments of the model's calls, on every process the same.
+            adapter_name: the adapter.
+        """
 
     def row_of_others(self, adapter_name: str) -> ParameterRow:
         """What is trainable beside the adapter's own parameters: heads and tokens that PEFT trains, or nothing."""

@@ -32,6 +32,7 @@ from tests.cli.cli_helpers import (
     write_rows,
     write_yaml,
 )
+from tests.tiny_adapters import BLOCKS
 
 STEPS = 3
 HANGS = 120  # s; a run takes 5
@@ -183,6 +184,23 @@ def test_a_balance_loss_over_the_global_batch_is_that_of_one_process(
     assert any(not torch.allclose(each_its_own[name], of_one[name], atol=1e-5, rtol=1e-4) for name in routers)
     for name in of_one:
         torch.testing.assert_close(of_two[name], of_one[name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("mode", ["DDP", "FSDP2 sharded state dict, cpu_ram_efficient_loading"])
+def test_what_a_router_of_prompts_reads_is_centred_alike_in_all_processes(
+    mode: str, train: Callable[..., Run]
+) -> None:
+    block = BLOCKS["pt_moe"][1] | {"top_k": 3, "center_router_input": True, "router_aux_loss_coef": 0.0}
+    settings = {"pt_moe": block, "lora_model_dir": None}
+    one = train("pt_moe", None, f"centred {mode}", **settings)
+    two = train("pt_moe", mode, "centred", **settings)
+    assert_same(two, one)
+    mean, count = (next(t for n, t in two.tensors.items() if n.endswith(e)) for e in ("router_mean", "mean_count"))
+    assert mean.norm() > 0 and count.item() == 256
+    resumed = train(
+        "pt_moe", mode, "centred resumed", resume_from_checkpoint=str(two.folder / "checkpoint-1"), **settings
+    )
+    assert_same(resumed, two, rel=0)
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from axolotl_moe_peft import PTMoeConfig
 from axolotl_moe_peft.pt_moe import PTMoeLayer
+from axolotl_moe_peft.pt_moe.layer import MEAN_OF
 from tests.tiny_models import tiny_model
 
 FAMILIES = ("llama", "mixtral", "gpt2")
 T = 5
 SETTINGS = {
+    "centered": {"num_experts": 3, "rank": 4, "top_k": 3, "center_router_input": True},
     "pt_moe": {"num_experts": 3, "rank": 4},
     "top_2": {"num_experts": 3, "rank": 4, "top_k": 2},
     "smop": {"num_experts": 3, "rank": None},
@@ -35,9 +37,12 @@ def randomise_prompts(model: torch.nn.Module, seed: int = 11) -> None:
     layer.without_text.clear()
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
-            # embeddings of the tiny models have a std of 0.02, their means even less
-            std = 40.0 if "router_weight" in name else 0.4
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+            # embeddings of the tiny models have a std of 0.02, their means even less; centred inputs a length of 0.5
+            centered = name.rpartition(".")[2] in layer.ptmoe_router_mean
+            std = {"ptmoe_router_weight": 4.0 if centered else 40.0, "ptmoe_router_mean": 0.005}
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std.get(name.split(".")[0], 0.4))
+            if "count" in name:
+                parameter.fill_(MEAN_OF)
 
 
 def layer_of(model: torch.nn.Module) -> PTMoeLayer:
@@ -66,7 +71,11 @@ def reference_prompt(tensors: dict[str, Tensor], settings: PTMoeConfig, embeds: 
     full = [e @ tensors["shared"] if "shared" in tensors else e for e in tensors["experts"]]
     if settings.num_experts == 1:
         return full[0], [0]
-    logits = tensors["router_weight"] @ embeds.mean(0) + tensors["router_bias"]
+    x = embeds.mean(0)
+    if settings.center_router_input:
+        x = x - tensors["router_mean"]
+        x = x / x.norm() / 2
+    logits = tensors["router_weight"] @ x + tensors["router_bias"]
     probs = logits.softmax(0)
     chosen = probs.argsort(descending=True)[: settings.top_k].tolist()
     return sum((probs[i] if settings.scale_by_router_prob else 1.0) * full[i] for i in chosen), chosen

@@ -169,6 +169,8 @@ def test_keys_and_shapes_are_the_documented_ones(tmp_path, setting):
         expected[f"{prompt}.ptmoe_shared"] = (r, 32)
     if n > 1:
         expected |= {f"{prompt}.ptmoe_router_weight": (n, 32), f"{prompt}.ptmoe_router_bias": (n,)}
+    if settings.center_router_input:
+        expected |= {f"{prompt}.ptmoe_router_mean": (32,), f"{prompt}.ptmoe_router_mean_count": (1,)}
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     assert {k: tuple(t.shape) for k, t in tensors.items()} == expected
     assert {t.dtype for t in tensors.values()} == {torch.float32}
