@@ -311,8 +311,8 @@ class PerftConfig(ModulesToSaveConfig):
         return replace(self, expert_ids=calibrate_experts(model, batches, self.experts["keep"], **where))
 
     def makes_the_same(self, name: str, saved: PerftConfig) -> bool:
-        if name == "rank_allocation":  # how ranks move shapes training only
-            return self.num_slots == saved.num_slots
+        if name == "rank_allocation" and self.rank_allocation and saved.rank_allocation:
+            return self.num_slots == saved.num_slots  # how ranks move shapes training only
         return super().makes_the_same(name, saved)
 
     def continuing(self, saved: PerftConfig) -> PerftConfig:

@@ -342,7 +342,9 @@ def test_an_encoder_decoder_is_refused_before_the_rows_are_tokenised(
     assert not any(tmp_path.rglob("adapter_*")) and not prepared.exists()
 
 
-@pytest.mark.parametrize(("block", "steps", "warns"), [({}, 105, True), ({"top_k": 3}, 55, False)])
+@pytest.mark.parametrize(
+    ("block", "steps", "warns"), [({}, 105, True), ({"top_k": 3, "center_router_input": True}, 55, False)]
+)
 def test_a_router_that_sends_everything_to_one_expert_is_warned_of_once(
     block: dict[str, Any],
     steps: int,
