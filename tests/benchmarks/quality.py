@@ -1,0 +1,317 @@
+"""Does it help? Every method on the quick starts' models and three tasks, beside the frozen base and PEFT's LoRA.
+
+    python -m tests.benchmarks.quality WORK_DIR RESULTS [--steps 60] [--seeds 3] [--only dense]
+
+WORK_DIR has the quick starts' `dense` and `model`. The learning rate of every method is chosen from one grid, by the
+loss on rows of the training files that are not trained on, after a third of the steps with the first seed; a method at
+other sizes keeps it. Then every method is trained with every seed: the same rows in the same order, steps of a row of
+each task. Each run is a line of JSON in RESULTS; a run that has a line is not made again. The table comes last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from axolotl_moe_peft import PerftConfig, PTMoeConfig, TTLoraConfig
+from axolotl_moe_peft.quickstart.heldout import read_heldout, tokenize
+from axolotl_moe_peft.quickstart.models import load_tokenizer
+from axolotl_moe_peft.quickstart.recipes import RECIPES, ROOT
+
+TASKS = ("gsm8k", "boolq", "openbookqa")
+EXACT = ("boolq", "openbookqa")  # whose answers are a few words
+TRAIN_ROWS, VALIDATION_ROWS, HELDOUT_ROWS = 68, 12, 24
+LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+# what no method is trained on and the base knows by heart
+FOURTH_TEXT, FOURTH_LENGTH, FOURTH_ROWS = ROOT / "LICENSE", 256, 6
+TASK = {"task_type": "CAUSAL_LM"}
+
+Row = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the page.
+
+    Attributes:
+        base: `model`, the MoE, or `dense`.
+        attach: makes the trained model of a base; None: it stays frozen.
+        learning_rate_of: the method whose learning rate it takes; None: it has one of its own.
+        loss: what is added to the loss of a row, if the method does not do it itself.
+    """
+
+    base: str
+    attach: Callable[[PreTrainedModel], nn.Module] | None = None
+    learning_rate_of: str | None = None
+    loss: Callable[[nn.Module], Tensor] | None = None
+
+
+def peft(make_config: Callable[..., PeftConfig], **settings: Any) -> Callable[[PreTrainedModel], nn.Module]:
+    return lambda base: get_peft_model(base, make_config(**settings, **TASK))
+
+
+def lora(rank: int, **settings: Any) -> Callable[[PreTrainedModel], nn.Module]:
+    return peft(LoraConfig, r=rank, lora_alpha=2 * rank, **settings)
+
+
+def perft(rank: int, **settings: Any) -> Callable[[PreTrainedModel], nn.Module]:
+    return peft(PerftConfig, rank=rank, alpha=2 * rank, **settings)
+
+
+def pt_moe(**settings: Any) -> Callable[[PreTrainedModel], nn.Module]:
+    return peft(PTMoeConfig, **settings)
+
+
+def mixlora(base: PreTrainedModel) -> nn.Module:
+    from axolotl.integrations.mixlora.patching import patch_model_with_mixlora
+    from axolotl.utils.dict import DictDefault
+
+    keys = {"mixlora_num_experts": 8, "mixlora_top_k": 2, "lora_r": 4, "lora_alpha": 8}
+    patch_model_with_mixlora(base.requires_grad_(False), DictDefault(keys))
+    return base
+
+
+def mixlora_loss(model: nn.Module) -> Tensor:
+    from axolotl.integrations.mixlora.loss import collect_mixlora_aux_loss
+
+    return collect_mixlora_aux_loss(model, 0.01)
+
+
+EXPERT_WEIGHTS = {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+ROUTED = {"num_experts": 8, "num_experts_per_tok": 2}
+METHODS = {
+    "frozen MoE": Method("model"),
+    # at about the trainable parameters of PERFT-R
+    "PERFT-R": Method("model", perft(16, **ROUTED)),
+    "PERFT-E": Method("model", perft(32, variant="embedded")),
+    "PERFT-D": Method("model", perft(16, variant="dense", num_experts=8)),
+    "PERFT-S": Method("model", perft(128, variant="single")),
+    "LoRA, attention": Method("model", lora(38, target_modules=ATTENTION)),
+    "LoRA, experts": Method("model", lora(6, **EXPERT_WEIGHTS)),
+    # at about its activated ones
+    "PERFT-E, activated": Method("model", perft(16, variant="embedded"), "PERFT-E"),
+    "PERFT-D, activated": Method("model", perft(16, variant="dense", num_experts=2), "PERFT-D"),
+    "PERFT-S, activated": Method("model", perft(32, variant="single"), "PERFT-S"),
+    "LoRA, attention, activated": Method("model", lora(10, target_modules=ATTENTION), "LoRA, attention"),
+    "LoRA, experts, activated": Method("model", lora(3, **EXPERT_WEIGHTS), "LoRA, experts"),
+    "frozen dense": Method("dense"),
+    "LoRA r1, q and v": Method("dense", lora(1, target_modules=["q_proj", "v_proj"])),
+    "LoRA r16, q and v": Method("dense", lora(16, target_modules=["q_proj", "v_proj"])),
+    "TT-LoRA": Method("dense", peft(TTLoraConfig, rank=10)),
+    "PT": Method("dense", pt_moe(num_virtual_tokens=36, num_experts=1, rank=None)),
+    "DPT": Method("dense", pt_moe(num_virtual_tokens=36, num_experts=1, rank=34)),
+    "SMoP": Method("dense", pt_moe(num_virtual_tokens=17, num_experts=2, rank=None)),
+    "PT-MoE": Method("dense", pt_moe(num_virtual_tokens=36, num_experts=2, rank=30)),
+    "PT-MoE, centred": Method(
+        "dense", pt_moe(num_virtual_tokens=36, num_experts=3, rank=28, top_k=3, center_router_input=True)
+    ),
+    "PERFT-R beside MLPs": Method("dense", perft(16, target_modules="mlp", **ROUTED)),
+    "MixLoRA": Method("dense", mixlora, loss=mixlora_loss),
+}
+
+
+@cache
+def rows_of(folder: Path, task: str, part: str) -> list[Row]:
+    """Tokenised rows: train and validation of the training file, heldout of the other."""
+    tokenizer = load_tokenizer(folder)
+    if part == "heldout":
+        chats = read_heldout(task)[:HELDOUT_ROWS]
+    else:
+        lines = (RECIPES / f"{task}_train.jsonl").read_text(encoding="utf-8").splitlines()
+        chats = [json.loads(line)["messages"] for line in lines[: TRAIN_ROWS + VALIDATION_ROWS]]
+        chats = chats[:TRAIN_ROWS] if part == "train" else chats[TRAIN_ROWS:]
+    return [tokenize(tokenizer, *chat) for chat in chats]
+
+
+@cache
+def fourth_text(folder: Path) -> list[Row]:
+    tokenizer: PreTrainedTokenizerBase = load_tokenizer(folder)
+    ids = tokenizer(FOURTH_TEXT.read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
+    pieces = ids[: FOURTH_LENGTH * FOURTH_ROWS].split(FOURTH_LENGTH)
+    # its first tokens are a prompt, which prompts are chosen by
+    return [{"input_ids": p[None], "labels": torch.cat([torch.full((16,), -100), p[16:]])[None]} for p in pieces]
+
+
+def steps_of(folder: Path, seed: int) -> Iterator[list[Row]]:
+    """A row of each task at a time, without end."""
+    rows = {task: rows_of(folder, task, "train") for task in TASKS}
+    for epoch in range(1_000):
+        shuffled = [random.Random(f"{seed} {epoch} {task}").sample(rows[task], TRAIN_ROWS) for task in TASKS]
+        yield from map(list, zip(*shuffled))
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, rows: list[Row]) -> tuple[float, float]:
+    """The loss per supervised token, and the share of rows of which greedy decoding gives the answer to the letter."""
+    total, tokens, exact = 0.0, 0, 0
+    for row in rows:
+        output, labels = model(**row), row["labels"][0, 1:]
+        supervised = labels != -100
+        total += output.loss.item() * int(supervised.sum())
+        tokens += int(supervised.sum())
+        # each token is the likeliest after the right ones before it: so they are what greedy decoding gives
+        exact += bool((output.logits[0, :-1].argmax(-1) == labels)[supervised].all())
+    return total / tokens, exact / len(rows)
+
+
+def train(model: nn.Module, method: Method, folder: Path, learning_rate: float, seed: int, steps: int) -> list[float]:
+    """Train, with a tenth of warm-up and a cosine; the seconds of each step."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, learning_rate, weight_decay=0.0)
+    warmup = max(1, steps // 10)
+
+    def factor(step: int) -> float:
+        past = (step - warmup) / max(1, steps - warmup)
+        return (step + 1) / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * past))
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    model.train()
+    data, seconds = steps_of(folder, seed), []
+    for _ in tqdm(range(steps), leave=False, desc="steps"):
+        begin, rows = time.perf_counter(), next(data)
+        counts = [int((row["labels"] != -100).sum()) for row in rows]
+        for row, count in zip(rows, counts):  # one by one, as padding would take most of the time
+            loss = model(**row).loss
+            if method.loss is not None:
+                loss = loss + method.loss(model)
+            (loss * (count / sum(counts))).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+        seconds.append(time.perf_counter() - begin)
+    model.eval()
+    return seconds
+
+
+def step_seconds(base: PreTrainedModel, folder: Path) -> float:
+    """The median time of three steps of the frozen base, with gradients for its inputs."""
+    data, seconds = steps_of(folder, 0), []
+    for _ in range(3):
+        begin = time.perf_counter()
+        for row in next(data):
+            embeds = base.get_input_embeddings()(row["input_ids"]).detach().requires_grad_()
+            base(inputs_embeds=embeds, labels=row["labels"]).loss.backward()
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds)
+
+
+def run(args: argparse.Namespace, name: str, learning_rate: float | None, seed: int, chooses: bool) -> dict[str, Any]:
+    """One run, as it is written down."""
+    from transformers import AutoModelForCausalLM
+
+    method = METHODS[name]
+    folder = args.work_dir / method.base
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, local_files_only=True)
+    base.requires_grad_(False)
+    found: dict[str, Any] = {"method": name, "learning_rate": learning_rate, "seed": seed, "chooses": chooses}
+    found["steps"] = args.steps // 3 if chooses else args.steps
+    model: nn.Module = base.eval()
+    if method.attach is not None:
+        seconds = step_seconds(base, folder)
+        torch.manual_seed(seed)
+        model = method.attach(base)
+        if not isinstance(model, PeftModel):
+            model.enable_input_require_grads()
+        found["parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        took = train(model, method, folder, learning_rate, seed, found["steps"])
+        found["step / base"] = statistics.median(took) / seconds
+    for task in TASKS:
+        rows = rows_of(folder, task, "validation" if chooses else "heldout")
+        found[task], found[f"{task} exact"] = evaluate(model, rows)
+    found["mean"] = sum(found[task] for task in TASKS) / len(TASKS)
+    if not chooses:
+        found["fourth text"] = evaluate(model, fourth_text(folder))[0]
+    return found
+
+
+class Results:
+    """The lines of the results' file; runs that have one are not made again."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args, self._path = args, args.results
+        text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
+        self.lines: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines()]
+
+    def get(self, name: str, learning_rate: float | None, seed: int, chooses: bool) -> dict[str, Any]:
+        steps = self._args.steps // 3 if chooses else self._args.steps
+        wanted = {"method": name, "learning_rate": learning_rate, "seed": seed, "chooses": chooses, "steps": steps}
+        for line in self.lines:
+            if wanted.items() <= line.items():
+                return line
+        line = run(self._args, name, learning_rate, seed, chooses)
+        self.lines.append(line)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        return line
+
+    def learning_rate(self, name: str) -> float | None:
+        """That of the smallest loss on the validation rows."""
+        if METHODS[name].attach is None:
+            return None
+        of = METHODS[name].learning_rate_of or name
+        losses = {rate: self.get(of, rate, 0, True)["mean"] for rate in LEARNING_RATES}
+        return min(losses, key=lambda rate: losses[rate] if math.isfinite(losses[rate]) else math.inf)
+
+
+def spread(values: list[float], digits: int = 3) -> str:
+    """Mean (minimum to maximum)."""
+    if len(set(values)) == 1:
+        return f"{values[0]:.{digits}f}"
+    return f"{statistics.mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def table(by_method: dict[str, list[dict[str, Any]]]) -> str:
+    heads = ["method", "parameters", "learning rate", "loss, mean of tasks", *TASKS]
+    heads += [*(f"{task} exact" for task in EXACT), "fourth text", "step / base"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name, runs in by_method.items():
+        trained = "parameters" in runs[0]
+        cells = [name, f"{runs[0]['parameters']:,}" if trained else "0", str(runs[0]["learning_rate"] or "")]
+        cells += [spread([r["mean"] for r in runs])] + [spread([r[task] for r in runs]) for task in TASKS]
+        cells += [spread([r[f"{task} exact"] for r in runs], 2) for task in EXACT]
+        cells += [spread([r["fourth text"] for r in runs])]
+        cells += [f"{statistics.median(r['step / base'] for r in runs):.2f}" if trained else ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work_dir", type=Path, help="folder of the quick starts, with their models")
+    parser.add_argument("results", type=Path, help="file of JSON lines")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", choices=("model", "dense"), help="one of the two models")
+    args = parser.parse_args()
+    names = [name for name, method in METHODS.items() if args.only in (None, method.base)]
+    if "MixLoRA" in names and find_spec("axolotl.integrations.mixlora") is None:
+        print("without MixLoRA, which axolotl has since 0.20")
+        names.remove("MixLoRA")
+    results, runs = Results(args), {}
+    for name in (progress := tqdm(names)):
+        progress.set_description(name)
+        seeds = range(args.seeds if METHODS[name].attach else 1)
+        runs[name] = [results.get(name, results.learning_rate(name), seed, False) for seed in seeds]
+    print(table(runs))
+
+
+if __name__ == "__main__":
+    main()
