@@ -15,6 +15,7 @@ from datasets import Dataset
 from peft import PeftConfig
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -90,7 +91,8 @@ def calibrated(config: PeftConfig, model: PreTrainedModel, rows: Any, most_token
     state, found = PartialState(), [None]
     if state.is_main_process:
         with _runs_on(state.device, model):
-            found = [config.calibrated(model, _batches(rows, wanted, most_tokens))]
+            batches = tqdm(_batches(rows, wanted, most_tokens), desc="calibration", unit="batch")
+            found = [config.calibrated(model, batches)]
     return broadcast_object_list(found)[0]
 
 
