@@ -324,6 +324,7 @@ def test_injection_without_a_peft_model_computes_the_same(kind, adapted, experts
 def test_training_moves_every_trainable_tensor_of_the_adapter_and_nothing_else(kind, family, adapted):
     model = adapted(kind, family).train()
     batch = batch_of(kind)
+    model.base_model.measure_on([batch])
     before = {name: p.clone() for name, p in model.named_parameters()}
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimiser = torch.optim.AdamW(trainable.values(), lr=1e-2)

@@ -59,6 +59,17 @@ BLOCKS: dict[str, tuple[str, dict[str, Any]]] = {
         "pt_moe",
         {"num_virtual_tokens": 6, "num_experts": 3, "rank": 4, "top_k": 2, "router_noise_std": 0.0},
     ),
+    "pt_moe centred": (
+        "pt_moe",
+        {
+            "num_virtual_tokens": 4,
+            "num_experts": 3,
+            "rank": 3,
+            "top_k": 3,
+            "center_router_input": True,
+            "router_noise_std": 0.0,
+        },
+    ),
     "pt_moe not factorised": (
         "pt_moe",
         {"num_virtual_tokens": 5, "num_experts": 2, "rank": None, "router_noise_std": 0.0},

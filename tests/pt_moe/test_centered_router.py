@@ -94,6 +94,22 @@ def test_unlike_prompts_start_with_unlike_experts_and_alike_ones_with_the_same()
     assert shares == {True: 0.5, False: 1.0}
 
 
+def measure_in_process(rank: int, folder: str) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    model = new()
+    model(**batch(rank, rows=1 + 2 * rank))
+    torch.save(mean_of(model).detach(), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_prompts_of_all_processes_are_measured_on_the_way(tmp_path):
+    torch.multiprocessing.spawn(measure_in_process, (str(tmp_path),), nprocs=2)
+    expected = plain_mean(new(), [batch(0, rows=1), batch(1, rows=3)])
+    for rank in range(2):
+        torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), expected)
+
+
 def sharded(model: PeftModel) -> PeftModel:
     for layer in model.get_base_model().model.layers:
         fully_shard(layer)
