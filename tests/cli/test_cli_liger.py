@@ -16,11 +16,13 @@ from tests.cli.cli_helpers import AxolotlPool, run_command
 
 OURS, LIGER = "axolotl_moe_peft.MoePeftPlugin", "axolotl.integrations.liger.LigerPlugin"
 KERNELS = {"liger_rope": True, "liger_fused_linear_cross_entropy": True}
+# the interpreter takes a fraction of a second for every token
+FEW_TOKENS = {"micro_batch_size": 2, "gradient_checkpointing": False}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "without": {},
-    "ours first": {"plugins": [OURS, LIGER], **KERNELS},
-    "Liger first": {"plugins": [LIGER, OURS], **KERNELS},
-    "SwiGLU": {"plugins": [OURS, LIGER], **KERNELS, "liger_glu_activation": True},
+    "without": FEW_TOKENS,
+    "ours first": {"plugins": [OURS, LIGER], **KERNELS, **FEW_TOKENS},
+    "Liger first": {"plugins": [LIGER, OURS], **KERNELS, **FEW_TOKENS},
+    "SwiGLU": {"plugins": [OURS, LIGER], **KERNELS, "liger_glu_activation": True, **FEW_TOKENS},
 }
 DENSE = tuple(adapter for adapter in ADAPTERS if not adapter.startswith("perft"))
 
