@@ -38,7 +38,12 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Matrix(config.option.matrix))
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        if folder in ("cli", "host", "recipes") or folder == item.path.name:
+            item.add_marker(pytest.mark.host)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

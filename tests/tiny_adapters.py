@@ -57,7 +57,14 @@ BLOCKS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "pt_moe top 2": (
         "pt_moe",
-        {"num_virtual_tokens": 6, "num_experts": 3, "rank": 4, "top_k": 2, "router_noise_std": 0.0},
+        {
+            "num_virtual_tokens": 6,
+            "num_experts": 3,
+            "rank": 4,
+            "top_k": 2,
+            "center_router_input": False,
+            "router_noise_std": 0.0,
+        },
     ),
     "pt_moe centred": (
         "pt_moe",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -29,20 +30,23 @@ class PTMoeConfig(ModulesToSaveConfig):
         default=36,
         metadata={"help": "R: expert i is A_i B, with A_i (T, R) and B (R, H) shared by all. null: not factorised."},
     )
-    top_k: int = field(
-        default=1,
+    top_k: int | None = field(
+        default=None,
         metadata={
-            "help": "Experts that a sequence's prompt is mixed from; num_experts: all, by the router's weights."
+            "help": "Experts that a sequence's prompt is mixed from. num_experts, which new adapters have: all, by "
+            "the router's weights. 1, as in the paper, where center_router_input or scale_by_router_prob is false or "
+            "there is a router_aux_loss_coef."
         },
     )
     router_noise_std: float = field(
         default=0.1, metadata={"help": "Multiplicative Gaussian noise on the router's logits, in training only."}
     )
-    center_router_input: bool = field(
-        default=False,
+    center_router_input: bool | None = field(
+        default=None,
         metadata={
-            "help": "Let the router read what tells prompts apart: their mean embedding less that of the training "
-            "prompts, at a fixed length. false: the mean embedding itself, as in the paper."
+            "help": "true, which new adapters with a router have: it reads what tells prompts apart, their mean "
+            "embedding less that of the training prompts, at a fixed length. false: the mean embedding itself, as in "
+            "the paper."
         },
     )
     scale_by_router_prob: bool = field(
@@ -76,9 +80,10 @@ class PTMoeConfig(ModulesToSaveConfig):
         "router_aux_loss_scope",
         "init_text",
     )
+    found_before_training: ClassVar[tuple[str, ...]] = ("center_router_input", "top_k")
     against_collapse: ClassVar[str] = (
-        "The mixture is one prompt. If prompts are of several kinds, set `center_router_input: true` and `top_k` to "
-        "`num_experts`, or raise `router_aux_loss_coef`; else take `num_experts: 1`, which has no router."
+        "The mixture is one prompt. If prompts are of several kinds, leave `center_router_input`, `top_k` and "
+        "`router_aux_loss_coef` out, or raise the last; else take `num_experts: 1`, which has no router."
     )
     unmergeable: ClassVar[str] = (
         "it is a prompt before the text, chosen per sequence, and no weight of the base model computes that"
@@ -114,14 +119,29 @@ class PTMoeConfig(ModulesToSaveConfig):
     def positions_before_text(self) -> int:
         return self.num_virtual_tokens
 
+    def continuing(self, saved: PTMoeConfig) -> PTMoeConfig:
+        return dataclasses.replace(self, center_router_input=saved.center_router_input, top_k=saved.top_k)
+
+    def choose_defaults(self) -> None:
+        """Fill in what a new adapter was left to choose."""
+        if self.center_router_input is None:
+            self.center_router_input = self.has_router
+        if self.top_k is None:
+            mixes_all = self.center_router_input and self.scale_by_router_prob and not self.router_aux_loss_coef
+            self.top_k = self.num_experts if mixes_all else 1
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.PT_MOE
         for name in ("num_virtual_tokens", "num_experts", "top_k"):
-            if not _is_count(getattr(self, name)):
+            if not _is_count(getattr(self, name)) and not (name == "top_k" and self.top_k is None):
                 raise ValueError(
                     f"pt_moe.{name}: {getattr(self, name)!r} is not allowed; it is an integer of at least 1."
                 )
+        if self.is_saved and self.center_router_input is None:  # it is older than this key
+            self.center_router_input = False
+        if self.is_saved or not self.has_router:
+            self.choose_defaults()
         self._check_rank()
         self._check_router()
         self._check_init_text()
@@ -143,7 +163,7 @@ class PTMoeConfig(ModulesToSaveConfig):
                 "pt_moe.center_router_input: true means nothing with num_experts: 1, which has no router. Leave it "
                 "out."
             )
-        if self.top_k > self.num_experts:
+        if self.top_k is not None and self.top_k > self.num_experts:
             raise ValueError(
                 f"pt_moe.top_k: {self.top_k} is more than num_experts ({self.num_experts}); a prompt cannot be mixed "
                 "from more experts than there are."

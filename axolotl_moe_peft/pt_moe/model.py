@@ -70,6 +70,7 @@ class PTMoeModel(Tuner):
 
     def _prepare_model(self, peft_config: PTMoeConfig, model: nn.Module) -> None:
         check_base(model, peft_config)
+        peft_config.choose_defaults()
         decoder = prompted_part(model)
         self._embedding_name = next(n for n, m in model.named_modules() if m is decoder.get_input_embeddings())
 

@@ -2,10 +2,13 @@
 
     python -m tests.benchmarks.quality WORK_DIR RESULTS [--steps 60] [--seeds 3] [--only dense]
 
-WORK_DIR has the quick starts' `dense` and `model`. The learning rate of every method is chosen from one grid, by the
-loss on rows of the training files that are not trained on, after a third of the steps with the first seed; a method at
-other sizes keeps it. Then every method is trained with every seed: the same rows in the same order, steps of a row of
-each task. Each run is a line of JSON in RESULTS; a run that has a line is not made again. The table comes last.
+WORK_DIR has the quick starts' `dense` and `model`. The learning rate of every method is chosen from one grid, walked
+downhill from its middle, by the loss on rows of the training files that are not trained on, after a third of the steps
+with the first seed; a method at other sizes keeps it. Then every method is trained with every seed: the same rows in
+the same order, steps of a row of each task. Each run is a line of JSON in RESULTS; a run that has a line is not made
+again. The tables come last: what was learnt, and what the routers did with the held-out rows of each task.
+
+Shape suffixes: D datasets (the tasks), N experts.
 """
 
 from __future__ import annotations
@@ -30,14 +33,16 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from axolotl_moe_peft import PerftConfig, PTMoeConfig, TTLoraConfig
-from axolotl_moe_peft.quickstart.heldout import read_heldout, tokenize
+from axolotl_moe_peft.quickstart.heldout import TASKS, read_heldout, tokenize
 from axolotl_moe_peft.quickstart.models import load_tokenizer
 from axolotl_moe_peft.quickstart.recipes import RECIPES, ROOT
+from axolotl_moe_peft.shared.choice_counts import divergence
+from axolotl_moe_peft.shared.choices import watch_choices
+from axolotl_moe_peft.shared.routing import Routing
 
-TASKS = ("gsm8k", "boolq", "openbookqa")
 EXACT = ("boolq", "openbookqa")  # whose answers are a few words
-TRAIN_ROWS, VALIDATION_ROWS, HELDOUT_ROWS = 68, 12, 24
-LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+TRAIN_ROWS, VALIDATION_ROWS, HELDOUT_ROWS = 40, 8, 12
+LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 # what no method is trained on and the base knows by heart
 FOURTH_TEXT, FOURTH_LENGTH, FOURTH_ROWS = ROOT / "LICENSE", 256, 6
@@ -95,6 +100,7 @@ def mixlora_loss(model: nn.Module) -> Tensor:
 
 
 EXPERT_WEIGHTS = {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+PAPER = {"center_router_input": False, "top_k": 1}
 ROUTED = {"num_experts": 8, "num_experts_per_tok": 2}
 METHODS = {
     "frozen MoE": Method("model"),
@@ -105,6 +111,10 @@ METHODS = {
     "PERFT-S": Method("model", perft(128, variant="single")),
     "LoRA, attention": Method("model", lora(38, target_modules=ATTENTION)),
     "LoRA, experts": Method("model", lora(6, **EXPERT_WEIGHTS)),
+    # by how much its routers are balanced; 0.01 above
+    "PERFT-R, coefficient 0": Method("model", perft(16, **ROUTED, router_aux_loss_coef=0.0), "PERFT-R"),
+    "PERFT-R, coefficient 0.001": Method("model", perft(16, **ROUTED, router_aux_loss_coef=1e-3), "PERFT-R"),
+    "PERFT-R, coefficient 0.1": Method("model", perft(16, **ROUTED, router_aux_loss_coef=0.1), "PERFT-R"),
     # at about its activated ones
     "PERFT-E, activated": Method("model", perft(16, variant="embedded"), "PERFT-E"),
     "PERFT-D, activated": Method("model", perft(16, variant="dense", num_experts=2), "PERFT-D"),
@@ -117,11 +127,10 @@ METHODS = {
     "TT-LoRA": Method("dense", peft(TTLoraConfig, rank=10)),
     "PT": Method("dense", pt_moe(num_virtual_tokens=36, num_experts=1, rank=None)),
     "DPT": Method("dense", pt_moe(num_virtual_tokens=36, num_experts=1, rank=34)),
-    "SMoP": Method("dense", pt_moe(num_virtual_tokens=17, num_experts=2, rank=None)),
+    "SMoP": Method("dense", pt_moe(num_virtual_tokens=17, num_experts=2, rank=None, **PAPER)),
     "PT-MoE": Method("dense", pt_moe(num_virtual_tokens=36, num_experts=2, rank=30)),
-    "PT-MoE, centred": Method(
-        "dense", pt_moe(num_virtual_tokens=36, num_experts=3, rank=28, top_k=3, center_router_input=True)
-    ),
+    "PT-MoE, 3 experts": Method("dense", pt_moe(num_virtual_tokens=36, num_experts=3, rank=28)),
+    "PT-MoE, the paper's router": Method("dense", pt_moe(num_virtual_tokens=36, num_experts=2, rank=30, **PAPER)),
     "PERFT-R beside MLPs": Method("dense", perft(16, target_modules="mlp", **ROUTED)),
     "MixLoRA": Method("dense", mixlora, loss=mixlora_loss),
 }
@@ -129,15 +138,20 @@ METHODS = {
 
 @cache
 def rows_of(folder: Path, task: str, part: str) -> list[Row]:
-    """Tokenised rows: train and validation of the training file, heldout of the other."""
+    """A task's shortest rows, tokenised: train and validation of the training file, heldout of the other."""
     tokenizer = load_tokenizer(folder)
     if part == "heldout":
-        chats = read_heldout(task)[:HELDOUT_ROWS]
-    else:
-        lines = (RECIPES / f"{task}_train.jsonl").read_text(encoding="utf-8").splitlines()
-        chats = [json.loads(line)["messages"] for line in lines[: TRAIN_ROWS + VALIDATION_ROWS]]
-        chats = chats[:TRAIN_ROWS] if part == "train" else chats[TRAIN_ROWS:]
-    return [tokenize(tokenizer, *chat) for chat in chats]
+        return shortest([tokenize(tokenizer, *chat) for chat in read_heldout(task)], HELDOUT_ROWS)
+    lines = (RECIPES / f"{task}_train.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [tokenize(tokenizer, *json.loads(line)["messages"]) for line in lines]
+    rows = shortest(rows, TRAIN_ROWS + VALIDATION_ROWS)
+    return rows[:TRAIN_ROWS] if part == "train" else rows[TRAIN_ROWS:]
+
+
+def shortest(rows: list[Row], count: int) -> list[Row]:
+    """The shortest rows, in their order."""
+    longest = sorted(row["input_ids"].shape[1] for row in rows)[count - 1]
+    return [row for row in rows if row["input_ids"].shape[1] <= longest][:count]
 
 
 @cache
@@ -169,6 +183,27 @@ def evaluate(model: nn.Module, rows: list[Row]) -> tuple[float, float]:
         # each token is the likeliest after the right ones before it: so they are what greedy decoding gives
         exact += bool((output.logits[0, :-1].argmax(-1) == labels)[supervised].all())
     return total / tokens, exact / len(rows)
+
+
+class Choices:
+    """How often the rows of each task were sent to each expert, by layer; "" is a router of whole prompts."""
+
+    def __init__(self) -> None:
+        self.task = 0
+        self.layers: dict[str, Tensor] = {}
+
+    def note(self, adapter_name: str, layer: str | None, routing: Routing) -> None:
+        num_experts = routing.logits_TN.shape[1]
+        counts_DN = self.layers.setdefault(layer or "", torch.zeros(len(TASKS), num_experts, dtype=torch.int64))
+        counts_DN[self.task] += torch.bincount(routing.indices_TK.flatten(), minlength=num_experts)
+
+
+def mutual_information(counts_DN: Tensor) -> float:
+    """Of task and expert, by the mean of their entropies: 0, the expert says nothing of the task, to 1."""
+    share_DN = counts_DN.double() / counts_DN.sum()
+    of_tasks, of_experts = (torch.special.entr(share_DN.sum(axis)).sum() for axis in (1, 0))
+    both = torch.special.entr(share_DN).sum()
+    return ((of_tasks + of_experts - both) / ((of_tasks + of_experts) / 2)).item()
 
 
 def train(model: nn.Module, method: Method, folder: Path, learning_rate: float, seed: int, steps: int) -> list[float]:
@@ -219,26 +254,32 @@ def run(args: argparse.Namespace, name: str, learning_rate: float | None, seed: 
 
     method = METHODS[name]
     folder = args.work_dir / method.base
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, local_files_only=True)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     base.requires_grad_(False)
     found: dict[str, Any] = {"method": name, "learning_rate": learning_rate, "seed": seed, "chooses": chooses}
     found["steps"] = args.steps // 3 if chooses else args.steps
     model: nn.Module = base.eval()
     if method.attach is not None:
-        seconds = step_seconds(base, folder)
+        seconds = 0.0 if chooses else step_seconds(base, folder)
         torch.manual_seed(seed)
         model = method.attach(base)
+        if hasattr(model.base_model, "measure_on"):  # as Axolotl's runs do
+            model.base_model.measure_on(row for task in TASKS for row in rows_of(folder, task, "train"))
         if not isinstance(model, PeftModel):
             model.enable_input_require_grads()
         found["parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
         took = train(model, method, folder, learning_rate, seed, found["steps"])
-        found["step / base"] = statistics.median(took) / seconds
-    for task in TASKS:
-        rows = rows_of(folder, task, "validation" if chooses else "heldout")
-        found[task], found[f"{task} exact"] = evaluate(model, rows)
+        if not chooses:
+            found["step / base"] = statistics.median(took) / seconds
+    choices = Choices()
+    with watch_choices(choices.note):
+        for choices.task, task in enumerate(TASKS):
+            rows = rows_of(folder, task, "validation" if chooses else "heldout")
+            found[task], found[f"{task} exact"] = evaluate(model, rows)
     found["mean"] = sum(found[task] for task in TASKS) / len(TASKS)
     if not chooses:
         found["fourth text"] = evaluate(model, fourth_text(folder))[0]
+        found["choices"] = {layer: counts_DN.tolist() for layer, counts_DN in choices.layers.items()}
     return found
 
 
@@ -266,9 +307,20 @@ class Results:
         """That of the smallest loss on the validation rows."""
         if METHODS[name].attach is None:
             return None
+        if self._args.learning_rate is not None:
+            return self._args.learning_rate
         of = METHODS[name].learning_rate_of or name
-        losses = {rate: self.get(of, rate, 0, True)["mean"] for rate in LEARNING_RATES}
-        return min(losses, key=lambda rate: losses[rate] if math.isfinite(losses[rate]) else math.inf)
+
+        @cache
+        def loss(place: int) -> float:
+            value = self.get(of, LEARNING_RATES[place], 0, True)["mean"]
+            return value if math.isfinite(value) else math.inf
+
+        best = len(LEARNING_RATES) // 2
+        for side in (-1, 1):
+            while 0 <= best + side < len(LEARNING_RATES) and loss(best + side) < loss(best):
+                best += side
+        return LEARNING_RATES[best]
 
 
 def spread(values: list[float], digits: int = 3) -> str:
@@ -293,6 +345,26 @@ def table(by_method: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
+def routing_table(by_method: dict[str, list[dict[str, Any]]]) -> str:
+    """Of every method with routers: how far they tell the tasks apart, and the least used expert."""
+    lines = [
+        "| method | expert and task | the same, layer by layer | smallest share of an expert |",
+        "|---|---|---|---|",
+    ]
+    for name, runs in by_method.items():
+        of_runs = [[torch.tensor(counts) for counts in r["choices"].values()] for r in runs if r["choices"]]
+        if not of_runs:
+            continue
+        measure = mutual_information if "" in runs[0]["choices"] else divergence
+        told = [[100 * measure(counts_DN) for counts_DN in layers] for layers in of_runs]
+        least = [min((c.sum(0) / c.sum()).min().item() for c in layers) for layers in of_runs]
+        by_layer = [statistics.mean(values) for values in zip(*told)]
+        cells = [name, spread([statistics.mean(values) for values in told], 1)]
+        cells += [" ".join(f"{value:.0f}" for value in by_layer) if len(by_layer) > 1 else "", spread(least)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work_dir", type=Path, help="folder of the quick starts, with their models")
@@ -300,8 +372,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", choices=("model", "dense"), help="one of the two models")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="these alone")
+    parser.add_argument("--learning-rate", type=float, help="for all methods, instead of one chosen for each")
     args = parser.parse_args()
-    names = [name for name, method in METHODS.items() if args.only in (None, method.base)]
+    names = [name for name in args.methods if args.only in (None, METHODS[name].base)]
     if "MixLoRA" in names and find_spec("axolotl.integrations.mixlora") is None:
         print("without MixLoRA, which axolotl has since 0.20")
         names.remove("MixLoRA")
@@ -310,7 +384,7 @@ def main() -> None:
         progress.set_description(name)
         seeds = range(args.seeds if METHODS[name].attach else 1)
         runs[name] = [results.get(name, results.learning_rate(name), seed, False) for seed in seeds]
-    print(table(runs))
+    print(f"{table(runs)}\n\n{routing_table(runs)}")
 
 
 if __name__ == "__main__":

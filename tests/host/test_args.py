@@ -362,7 +362,7 @@ def test_lora_model_dir_may_differ_in_what_shapes_training(load: Load, tmp_path:
         (PerftConfig(alpha=16), {}),
         (PerftConfig(num_experts_per_tok=1), {}),
         (PerftConfig(gate_weights="base"), {}),
-        (PTMoeConfig(num_experts=3, top_k=2), {"num_experts": 3}),
+        (PTMoeConfig(num_experts=3, top_k=2), {"num_experts": 3, "top_k": 1}),
         (PTMoeConfig(router_input="sequence"), {}),
         (TTLoraConfig(rank=8), {}),
     ],

@@ -14,14 +14,16 @@ from tests.tiny_models import tiny_model
 
 FAMILIES = ("llama", "mixtral", "gpt2")
 T = 5
+PAPER, CENTERED = {"center_router_input": False, "top_k": 1}, {"center_router_input": True}
 SETTINGS = {
-    "centered": {"num_experts": 3, "rank": 4, "top_k": 3, "center_router_input": True},
-    "pt_moe": {"num_experts": 3, "rank": 4},
-    "top_2": {"num_experts": 3, "rank": 4, "top_k": 2},
-    "smop": {"num_experts": 3, "rank": None},
+    "centered": {"num_experts": 3, "rank": 4, "top_k": 1, **CENTERED},
+    "centered_all": {"num_experts": 3, "rank": 4, "top_k": 3, **CENTERED},
+    "pt_moe": {"num_experts": 3, "rank": 4, **PAPER},
+    "top_2": {"num_experts": 3, "rank": 4, **PAPER, "top_k": 2},
+    "smop": {"num_experts": 3, "rank": None, **PAPER},
     "dpt": {"num_experts": 1, "rank": 4},
     "pt": {"num_experts": 1, "rank": None},
-    "unscaled": {"num_experts": 3, "rank": 4, "scale_by_router_prob": False, "router_aux_loss_coef": 0.1},
+    "unscaled": {"num_experts": 3, "rank": 4, "scale_by_router_prob": False, "router_aux_loss_coef": 0.1, **PAPER},
 }
 
 

@@ -6,19 +6,20 @@ import dataclasses
 import json
 
 import pytest
-from peft import PeftConfig, PeftType
+from peft import PeftConfig, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 from axolotl_moe_peft import PTMoeConfig, PTMoeModel
 from axolotl_moe_peft.shared.config import ModulesToSaveConfig
+from tests.tiny_models import tiny_model
 
 # The keys of the `pt_moe:` block, which are the config's own fields, with their defaults.
 DEFAULTS = {
     "num_virtual_tokens": 40,
     "num_experts": 2,
     "rank": 36,
-    "top_k": 1,
-    "center_router_input": False,
+    "top_k": None,
+    "center_router_input": None,
     "router_noise_std": 0.1,
     "scale_by_router_prob": True,
     "init_text": None,
@@ -44,13 +45,43 @@ def test_peft_knows_the_method():
     assert PEFT_TYPE_TO_PREFIX_MAPPING["PT_MOE"] == "ptmoe_"  # `pt_moe_` is part of `gpt_moe_`
 
 
+@pytest.mark.parametrize(
+    ("keys", "centers", "top_k"),
+    [
+        ({}, True, 3),
+        ({"num_experts": 1}, False, 1),
+        ({"top_k": 1}, True, 1),
+        ({"center_router_input": False}, False, 1),
+        ({"router_aux_loss_coef": 0.1}, True, 1),
+        ({"router_aux_loss_coef": 0.1, "scale_by_router_prob": False}, True, 1),
+    ],
+)
+def test_what_is_left_open_is_chosen_for_a_new_adapter_and_saved(tmp_path, keys, centers, top_k):
+    keys = {"num_experts": 3, "num_virtual_tokens": 4, "rank": 2} | keys
+    config = PTMoeConfig(**keys, task_type="CAUSAL_LM")
+    get_peft_model(tiny_model("llama"), config).save_pretrained(tmp_path)
+    read = PeftConfig.from_pretrained(tmp_path)
+    assert (read.center_router_input, read.top_k) == (centers, top_k)
+
+
+def test_a_saved_adapter_without_the_keys_is_the_papers(tmp_path):
+    get_peft_model(tiny_model("llama"), PTMoeConfig(num_virtual_tokens=4, rank=2)).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    saved = json.loads(file.read_text())
+    del saved["center_router_input"], saved["top_k"]
+    file.write_text(json.dumps(saved))
+    read = PeftConfig.from_pretrained(tmp_path)
+    assert (read.center_router_input, read.top_k) == (False, 1)
+
+
 def test_every_key_has_a_help_text():
     assert all(f.metadata["help"] for f in dataclasses.fields(PTMoeConfig) if f.name in DEFAULTS)
 
 
 @pytest.mark.parametrize("rank", [4, None])
 def test_a_saved_config_reads_back_the_same(tmp_path, rank):
-    config = PTMoeConfig(num_virtual_tokens=6, num_experts=2, rank=rank, init_text=["a b", "c"], task_type="CAUSAL_LM")
+    prompts = {"num_virtual_tokens": 6, "num_experts": 2, "rank": rank, "init_text": ["a b", "c"]}
+    config = PTMoeConfig(**prompts, center_router_input=True, top_k=1, task_type="CAUSAL_LM")
     config.save_pretrained(tmp_path)
     read = PeftConfig.from_pretrained(tmp_path)
     assert type(read) is PTMoeConfig and own_values(read) == own_values(config)

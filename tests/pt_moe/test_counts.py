@@ -35,9 +35,8 @@ def test_the_model_has_the_papers_number_of_parameters(method):
     num_virtual_tokens, num_experts, rank, total, parts = FIGURES[method]
     with torch.device("meta"):
         base = LlamaForCausalLM(LLAMA)
-    config = PTMoeConfig(
-        num_virtual_tokens=num_virtual_tokens, num_experts=num_experts, rank=rank, task_type="CAUSAL_LM"
-    )
+    prompts = {"num_virtual_tokens": num_virtual_tokens, "num_experts": num_experts, "rank": rank}
+    config = PTMoeConfig(**prompts, center_router_input=False, task_type="CAUSAL_LM")
     before = sum(p.numel() for p in base.parameters())
     model = get_peft_model(base, config)
     assert before == 1_235_814_400

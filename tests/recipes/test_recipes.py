@@ -82,7 +82,7 @@ PAPERS = {
     "mixtral/8x7b-perft-dense-*.yaml": ("16.777", "16.777"),
     "mixtral/8x7b-perft-single-*.yaml": ("4.194", "4.194"),
     "llama-3.2/1b-tt-lora-????.yaml": ("33920", "33920"),
-    "llama-3.2/1b-pt-moe.yaml": ("80706", "79266"),
+    "llama-3.2/1b-pt-moe.yaml": ("80706", "80706"),
     "llama-3.2/1b-pt.yaml": ("81920", "81920"),
     "llama-3.2/1b-dpt.yaml": ("81432", "81432"),
     "llama-3.2/1b-smop.yaml": ("86018", "45058"),
