@@ -63,7 +63,7 @@ class CpuProcesses(BasePlugin):
 
 
 class FillParts(BasePlugin):
-    """Fills what each process holds of the adapter with the number of the process, from 1."""
+    """Fills what each process holds of the adapter with the number of the process, from 1, but for what is counted."""
 
     def add_callbacks_post_trainer(self, cfg: DictDefault, trainer: Trainer) -> list[TrainerCallback]:
         return [_Fill()]
@@ -73,6 +73,6 @@ class _Fill(TrainerCallback):
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         model = kwargs["model"]
         for name, tensor in model.state_dict().items():
-            if model.base_model.prefix in name:
+            if model.base_model.prefix in name and "_count" not in name:
                 assert isinstance(tensor, DTensor)
                 tensor.to_local().fill_(tensor.device_mesh.get_rank() + 1)

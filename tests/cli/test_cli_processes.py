@@ -357,7 +357,8 @@ def test_what_is_saved_has_each_process_part(
         base = AutoModelForCausalLM.from_pretrained(base_model("mixtral"))
         loaded = get_peft_model_state_dict(PeftModel.from_pretrained(base, saved))
         assert loaded.keys() == adapter_tensors(start("mixtral", adapter)).keys()
-        for name, tensor in loaded.items():
+        for name in [name for name in loaded if not name.endswith("_count")]:
+            tensor = loaded[name]
             parts = torch.chunk(torch.zeros_like(tensor), 2)
             expected = torch.cat([torch.full_like(part, rank + 1) for rank, part in enumerate(parts)])
             assert torch.equal(tensor, expected), name
