@@ -53,7 +53,14 @@ BLOCKS: dict[str, tuple[str, dict[str, Any]]] = {
     "tt_lora_moe embeddings": ("tt_lora_moe", {"router": "embedding_mlp", "router_noise": False}),
     "pt_moe": (
         "pt_moe",
-        {"num_virtual_tokens": 4, "num_experts": 3, "rank": 3, "router_noise_std": 0.0, "router_aux_loss_coef": AUX},
+        {
+            "num_virtual_tokens": 4,
+            "num_experts": 3,
+            "rank": 3,
+            "center_router_input": False,  # the mean would depend on how rows are grouped
+            "router_noise_std": 0.0,
+            "router_aux_loss_coef": AUX,
+        },
     ),
     "pt_moe top 2": (
         "pt_moe",
