@@ -2,6 +2,8 @@
 
 import os
 import sys
+import zlib
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -29,17 +31,17 @@ if not find_spec("lm_eval"):  # which Axolotl brings
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--matrix", type=Path, help="write what this run has of the matrix of tests/README.md to a file")
-
+    parser.addoption("--one-in", type=int, metavar="N", help="of a test's parameter sets one in N, always the same")
     parser.addoption("--fuzz", type=int, help="how many random YAMLs are run through Axolotl (300 is the full form)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.matrix:
-        config.pluginmanager.register(Matrix(config.option.matrix))
+        config.pluginmanager.register(Matrix(config.option.matrix, config.option.one_in))
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         folder = item.path.relative_to(Path(__file__).parent).parts[0]
         if folder in ("cli", "host", "recipes") or folder == item.path.name:
@@ -48,3 +50,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA GPU on this machine"))
+    if config.option.one_in:
+        kept = set(_sample(items, config.option.one_in))
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
+
+
+def _sample(items: list[pytest.Item], one_in: int) -> Iterator[pytest.Item]:
+    """By a checksum of their names, as every N-th could be the same adapter each time; of every test at least one."""
+    tests: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for of_test in tests.values():
+        chosen = [item for item in of_test if zlib.crc32(item.nodeid.encode()) % one_in == 0]
+        yield from chosen or of_test[:1]

@@ -37,10 +37,15 @@ _PACKAGES = ("axolotl", "transformers", "peft", "trl", "accelerate", "torch")
 
 
 class Matrix:
-    """Collects the cells of a run and writes them to a file."""
+    """Collects the cells of a run and writes them to a file.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        path: of the file.
+        one_in: which part of the tests' parameter sets runs; None: all.
+    """
+
+    def __init__(self, path: Path, one_in: int | None = None) -> None:
+        self.path, self.one_in = path, one_in
         self.passed: dict[tuple[str, str, str], bool] = defaultdict(lambda: True)
 
     def pytest_itemcollected(self, item: pytest.Item) -> None:
@@ -67,7 +72,7 @@ class Matrix:
         if hasattr(session.config, "workerinput"):  # a process of pytest-xdist: its reports go to the controller
             return
         cells = [[*key, passed] for key, passed in sorted(self.passed.items())]
-        self.path.write_text(json.dumps({"stack": stack(), "cells": cells}, indent=1))
+        self.path.write_text(json.dumps({"stack": stack(), "one_in": self.one_in, "cells": cells}, indent=1))
 
 
 def _check_column(nodeid: str, column: str) -> None:

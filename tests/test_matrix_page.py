@@ -1,9 +1,11 @@
 import json
+import re
 import sys
 
 import pytest
 
 from tests import matrix_page
+from tests.cli.cli_helpers import ROOT
 
 pytest_plugins = ["pytester"]
 
@@ -32,8 +34,8 @@ def test_gpu():
 """
 
 
-def run(*cells):
-    return {"stack": "", "cells": [list(cell) for cell in cells]}
+def run(*cells, one_in=None):
+    return {"stack": "", "one_in": one_in, "cells": [list(cell) for cell in cells]}
 
 
 def test_a_run_writes_what_its_tests_showed(pytester):
@@ -65,19 +67,59 @@ def test_a_cell_names_the_stacks_that_it_passed_on():
     ]
 
 
-@pytest.mark.parametrize(("cells", "code"), [([("x", "lora", "CPU", True)], 0), ([("x", "pt_moe", "CPU", True)], 1)])
-def test_a_page_of_other_tests_does_not_pass(tmp_path, monkeypatch, cells, code):
-    page, file = tmp_path / "README.md", tmp_path / "a.json"
+BOTH = [("packing", "lora", "CPU", True), ("merging", "pt_moe", "no: R, of course", True)]
+GPU = [("kernels", "lora", "(GPU)", True)]
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "differs"),
+    [
+        (run(*BOTH), run(*BOTH, *GPU), None),
+        (run(*BOTH), run(*BOTH, ("kernels", "lora", "GPU", True)), None),
+        (run(*BOTH[:1]), run(*BOTH, *GPU), "only on the page: merging .* a$"),
+        (run(*BOTH[:1], one_in=2), run(*BOTH, *GPU), None),
+        (run(*BOTH, one_in=2), run(*BOTH[1:], *GPU), "only on the page: packing .* b$"),
+        (run(*BOTH), run(*BOTH), "only on the page: kernels"),
+        (
+            run(("packing", "lora", "CPU", False), one_in=2),
+            run(*BOTH, *GPU),
+            "only in the tests: packing .* fails",
+        ),
+        (run(("packing", "pt_moe", "CPU", True), one_in=2), run(*BOTH, *GPU), "only in the tests: packing . pt_moe"),
+        (
+            run(*BOTH),
+            run(BOTH[0], ("merging", "pt_moe", "no: S", True), *GPU),
+            "only in the tests: merging .* no: S",
+        ),
+    ],
+)
+def test_a_page_of_other_tests_does_not_pass(tmp_path, monkeypatch, a, b, differs):
+    page, files = tmp_path / "README.md", [tmp_path / "a.json", tmp_path / "b.json"]
     page.write_text(f"before\n{matrix_page.BEGIN}\n{matrix_page.END}\nafter\n")
     monkeypatch.setattr(matrix_page, "PAGE", page)
-    file.write_text(json.dumps(run(("x", "lora", "CPU", True))))
-    monkeypatch.setattr(sys, "argv", ["matrix_page", str(file)])
-    matrix_page.main()
-    assert page.read_text().startswith("before\n") and page.read_text().endswith("after\n")
-    file.write_text(json.dumps(run(*cells)))
-    monkeypatch.setattr(sys, "argv", ["matrix_page", "--check", str(file)])
-    if code:
-        with pytest.raises(SystemExit, match="differs"):
+    for runs, options in (((run(*BOTH), run(*BOTH, *GPU)), []), ((a, b), ["--check"])):
+        for file, cells in zip(files, runs):
+            file.write_text(json.dumps(cells))
+        monkeypatch.setattr(sys, "argv", ["matrix_page", *options, *map(str, files)])
+        if options and differs:
+            with pytest.raises(SystemExit) as exit:
+                matrix_page.main()
+            assert any(re.match(differs, line) for line in str(exit.value).splitlines())
+        else:
             matrix_page.main()
-    else:
-        matrix_page.main()
+            assert page.read_text().startswith("before\n") and page.read_text().endswith("after\n")
+
+
+def test_of_a_tests_parameter_sets_one_in_n_run_and_of_every_test_at_least_one(pytester):
+    pytester.makeconftest((ROOT / "tests" / "conftest.py").read_text())
+    pytester.makepyfile("""
+import pytest
+@pytest.mark.parametrize("number", range(40))
+def test_many(number): ...
+@pytest.mark.parametrize("number", range(2))
+def test_few(number): ...
+def test_one(): ...
+""")
+    lines = pytester.runpytest_inprocess("--collect-only", "-q", "--one-in", "4").outlines
+    assert 4 <= sum("test_many" in line for line in lines) <= 16
+    assert any("test_few" in line for line in lines) and any("test_one" in line for line in lines)

@@ -17,7 +17,7 @@ from tests.cli.cli_helpers import AxolotlPool, run_command
 OURS, LIGER = "axolotl_moe_peft.MoePeftPlugin", "axolotl.integrations.liger.LigerPlugin"
 KERNELS = {"liger_rope": True, "liger_fused_linear_cross_entropy": True}
 # the interpreter takes a fraction of a second for every token
-FEW_TOKENS = {"micro_batch_size": 2, "gradient_checkpointing": False}
+FEW_TOKENS = {"micro_batch_size": 1, "gradient_checkpointing": False}
 SETTINGS: dict[str, dict[str, Any]] = {
     "without": FEW_TOKENS,
     "ours first": {"plugins": [OURS, LIGER], **KERNELS, **FEW_TOKENS},
