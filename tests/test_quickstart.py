@@ -7,11 +7,12 @@ import torch
 import yaml
 
 from axolotl_moe_peft import PTMoeConfig, TTLoraMoeConfig
-from axolotl_moe_peft.quickstart import heldout, pt_moe, recipes, tt_lora_moe
+from axolotl_moe_peft.quickstart import heldout, models, pt_moe, recipes
+from tests.cli.cli_helpers import save_tokenizer
 from tests.tiny_models import tiny_model
-from tests.tt_lora_moe.pools import EXPERTS, save_experts
+from tests.tt_lora_moe.pools import save_experts
 
-EXPERT_RECIPES = [f"tt_lora_{task}.yaml" for task in tt_lora_moe.TASKS]
+EXPERT_RECIPES = [f"tt_lora_{task}.yaml" for task in heldout.TASKS]
 
 
 def read(name: str) -> dict:
@@ -26,18 +27,18 @@ def test_the_data_of_a_recipe_are_shipped_questions_with_answers(name):
                 assert [message["role"] for message in json.loads(line)["messages"]] == ["user", "assistant"]
 
 
-@pytest.mark.parametrize("task", [*tt_lora_moe.TASKS])
+@pytest.mark.parametrize("task", heldout.TASKS)
 def test_no_heldout_question_is_trained_on(task):
-    train, heldout = (
+    train, held_out = (
         {json.loads(line)["messages"][0]["content"] for line in path.read_text(encoding="utf-8").splitlines()}
         for path in (recipes.RECIPES / f"{task}_train.jsonl", recipes.RECIPES / f"{task}_heldout.jsonl")
     )
-    assert not train & heldout
+    assert not train & held_out
 
 
 def test_the_pool_is_made_of_the_experts_that_the_quick_start_trains():
     pool = read("tt_lora_moe.yaml")
-    trained = {task: read(f"tt_lora_{task}.yaml") for task in tt_lora_moe.TASKS}
+    trained = {task: read(f"tt_lora_{task}.yaml") for task in heldout.TASKS}
     assert {e["name"]: e["path"] for e in pool["tt_lora_moe"]["experts"]} == {
         task: recipe["output_dir"] for task, recipe in trained.items()
     }
@@ -105,5 +106,33 @@ def test_the_loss_is_the_mean_over_all_supervised_tokens_and_the_choices_are_the
 
     pool = peft.get_peft_model(base, TTLoraMoeConfig(experts=save_experts(tmp_path), task_type="CAUSAL_LM")).eval()
     _, chosen = heldout.evaluate(pool, rows)
-    assert len(chosen) == len(rows)
-    assert set(chosen) <= set(EXPERTS)
+    own = []
+    for row in rows:
+        pool(**row)
+        own += pool.base_model.chosen_experts["default"].tolist()
+    assert chosen == own
+
+
+def test_every_held_out_row_is_counted_for_the_expert_with_its_largest_share(tmp_path):
+    base = tmp_path / "base"
+    tiny_model("llama", max_position_embeddings=2048).save_pretrained(base)
+    save_tokenizer(base)
+    blocks = {"PT": {"num_experts": 1, "rank": None}, "PT-MoE": {"num_experts": 2, "rank": 4}}
+    sizes = {}
+    for setting, block in blocks.items():
+        torch.manual_seed(0)
+        model = peft.get_peft_model(
+            models.load(base), PTMoeConfig(num_virtual_tokens=5, task_type="CAUSAL_LM", **block)
+        )
+        if setting == "PT-MoE":
+            model.base_model.measure_on([{"input_ids": torch.randint(32, 127, (1, 9))} for _ in range(8)])
+        model.save_pretrained(tmp_path / setting)
+        sizes[setting] = model.get_nb_trainable_parameters()[0]
+    results = dict(pt_moe.measure(base, {setting: tmp_path / setting for setting in blocks}))
+    assert {setting: result.parameters for setting, result in results.items()} == {"base": 0, **sizes}
+    for task in heldout.TASKS:
+        held_out = len(heldout.read_heldout(task))
+        assert [results[setting].rows[task] for setting in ("base", "PT")] == [[], [0]]
+        assert len(results["PT-MoE"].rows[task]) == 2 and sum(results["PT-MoE"].rows[task]) == held_out
+    used = torch.tensor([*results["PT-MoE"].rows.values()]).sum(0)
+    assert used.min() > 0

@@ -9,8 +9,12 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..tt_lora_moe import TTLoraMoeModel
+from ..shared.choices import watch_choices
+from ..shared.routing import Routing
 from .recipes import RECIPES
+
+# in the order of the experts of tt_lora_moe.yaml
+TASKS = ("gsm8k", "boolq", "openbookqa")
 
 
 def read_heldout(task: str) -> list[list[dict[str, str]]]:
@@ -33,20 +37,22 @@ def tokenize(
 
 
 @torch.no_grad()
-def evaluate(model: PreTrainedModel | PeftModel, rows: list[dict[str, Tensor]]) -> tuple[float, list[str]]:
-    """Run the model on rows, one by one: the loss per supervised token, and of a pool the expert chosen for each."""
+def evaluate(model: PreTrainedModel | PeftModel, rows: list[dict[str, Tensor]]) -> tuple[float, list[int]]:
+    """Run the model on rows, one by one.
+
+    Returns:
+        The loss per supervised token, and the expert that a router of whole sequences chose for each row (of a mixture
+        the one with the largest share; none without such a router).
+    """
     total, tokens, chosen = 0.0, 0, []
-    for row in rows:
-        supervised = (row["labels"] != -100).sum().item()
-        total += model(**row).loss.item() * supervised
-        tokens += supervised
-        chosen += chosen_experts(model)
+
+    def note(adapter_name: str, layer: str | None, routing: Routing) -> None:
+        if layer is None:
+            chosen.extend(routing.indices_TK[:, 0].tolist())
+
+    with watch_choices(note):
+        for row in rows:
+            supervised = (row["labels"] != -100).sum().item()
+            total += model(**row).loss.item() * supervised
+            tokens += supervised
     return total / tokens, chosen
-
-
-def chosen_experts(model: PreTrainedModel | PeftModel) -> list[str]:
-    """Names of the experts that a pool chose in its last call, one for each sequence; of other models none."""
-    if not isinstance(model, PeftModel) or not isinstance(model.base_model, TTLoraMoeModel):
-        return []
-    names = model.peft_config["default"].expert_names
-    return [names[expert] for expert in model.base_model.chosen_experts["default"].tolist()]

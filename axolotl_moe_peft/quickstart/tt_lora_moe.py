@@ -9,11 +9,10 @@ from pathlib import Path
 from peft import PeftModel
 
 from .console import Steps, fail
-from .heldout import evaluate, read_heldout, tokenize
+from .heldout import TASKS, evaluate, read_heldout, tokenize
 from .models import dense_model, load, load_tokenizer
 from .recipes import show_what_is_next, train
 
-TASKS = ("gsm8k", "boolq", "openbookqa")  # the pool's experts, in the order of tt_lora_moe.yaml
 LEAST_ACCURACY = 0.97
 MOST_ABOVE_EXPERT = 1.01
 
@@ -56,4 +55,4 @@ def measure(model_dir: Path, expert_dirs: dict[str, Path], pool_dir: Path) -> It
         rows = [tokenize(tokenizer, *chat) for chat in read_heldout(task)]
         expert = PeftModel.from_pretrained(load(model_dir), folder).eval()
         (base_loss, _), (expert_loss, _), (routed_loss, chosen) = (evaluate(m, rows) for m in (base, expert, pool))
-        yield task, Result(base_loss, expert_loss, routed_loss, chosen.count(task) / len(chosen))
+        yield task, Result(base_loss, expert_loss, routed_loss, chosen.count(TASKS.index(task)) / len(chosen))
