@@ -1,12 +1,13 @@
 """Does it help? Every method on the quick starts' models and three tasks, beside the frozen base and PEFT's LoRA.
 
-    python -m tests.benchmarks.quality WORK_DIR RESULTS [--steps 60] [--seeds 3] [--only dense]
+    python -m tests.benchmarks.quality WORK_DIR tests/benchmarks/quality.jsonl [--steps 60] [--seeds 3] [--only dense]
 
 WORK_DIR has the quick starts' `dense` and `model`. The learning rate of every method is chosen from one grid, walked
 downhill from its middle, by the loss on rows of the training files that are not trained on, after a third of the steps
 with the first seed; a method at other sizes keeps it. Then every method is trained with every seed: the same rows in
 the same order, steps of a row of each task. Each run is a line of JSON in RESULTS; a run that has a line is not made
-again. The tables come last: what was learnt, and what the routers did with the held-out rows of each task.
+again, whatever machine it ran on. Then steps are timed beside the base's, which wants an idle machine; the tables come
+last: what was learnt, and what the routers did with the held-out rows of each task.
 
 Shape suffixes: D datasets (the tasks), N experts.
 """
@@ -23,6 +24,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,7 @@ from axolotl_moe_peft.shared.routing import Routing
 EXACT = ("boolq", "openbookqa")  # whose answers are a few words
 TRAIN_ROWS, VALIDATION_ROWS, HELDOUT_ROWS = 40, 8, 12
 LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+TIMED_ROUNDS = 5
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 # what no method is trained on and the base knows by heart
 FOURTH_TEXT, FOURTH_LENGTH, FOURTH_ROWS = ROOT / "LICENSE", 256, 6
@@ -206,11 +209,26 @@ def mutual_information(counts_DN: Tensor) -> float:
     return ((of_tasks + of_experts - both) / ((of_tasks + of_experts) / 2)).item()
 
 
-def train(model: nn.Module, method: Method, folder: Path, learning_rate: float, seed: int, steps: int) -> list[float]:
-    """Train, with a tenth of warm-up and a cosine; the seconds of each step."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, learning_rate, weight_decay=0.0)
-    warmup = max(1, steps // 10)
+def train_step(model: nn.Module, method: Method, rows: list[Row], optimizer: torch.optim.Optimizer) -> None:
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    counts = [int((row["labels"] != -100).sum()) for row in rows]
+    for row, count in zip(rows, counts):  # one by one, as padding would take most of the time
+        loss = model(**row).loss
+        if method.loss is not None:
+            loss = loss + method.loss(model)
+        (loss * (count / sum(counts))).backward()
+    torch.nn.utils.clip_grad_norm_(trained, 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def optimizer_of(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], learning_rate, weight_decay=0.0)
+
+
+def train(model: nn.Module, method: Method, folder: Path, learning_rate: float, seed: int, steps: int) -> None:
+    """Train, with a tenth of warm-up and a cosine."""
+    optimizer, warmup = optimizer_of(model, learning_rate), max(1, steps // 10)
 
     def factor(step: int) -> float:
         past = (step - warmup) / max(1, steps - warmup)
@@ -218,59 +236,58 @@ def train(model: nn.Module, method: Method, folder: Path, learning_rate: float, 
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     model.train()
-    data, seconds = steps_of(folder, seed), []
-    for _ in tqdm(range(steps), leave=False, desc="steps"):
-        begin, rows = time.perf_counter(), next(data)
-        counts = [int((row["labels"] != -100).sum()) for row in rows]
-        for row, count in zip(rows, counts):  # one by one, as padding would take most of the time
-            loss = model(**row).loss
-            if method.loss is not None:
-                loss = loss + method.loss(model)
-            (loss * (count / sum(counts))).backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+    for rows in tqdm(islice(steps_of(folder, seed), steps), total=steps, leave=False, desc="steps"):
+        train_step(model, method, rows, optimizer)
         scheduler.step()
-        seconds.append(time.perf_counter() - begin)
     model.eval()
-    return seconds
 
 
-def step_seconds(base: PreTrainedModel, folder: Path) -> float:
-    """The median time of three steps of the frozen base, with gradients for its inputs."""
-    data, seconds = steps_of(folder, 0), []
-    for _ in range(3):
+def load(folder: Path) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    return base.requires_grad_(False).eval()
+
+
+def attach(name: str, folder: Path, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    model = METHODS[name].attach(load(folder))
+    if hasattr(model.base_model, "measure_on"):  # as Axolotl's runs do
+        model.base_model.measure_on(row for task in TASKS for row in rows_of(folder, task, "train"))
+    if not isinstance(model, PeftModel):
+        model.enable_input_require_grads()
+    return model
+
+
+def time_step(args: argparse.Namespace, name: str) -> float:
+    """A step of the method's / one of the frozen base with gradients for its inputs: the median of rounds in turn."""
+    method = METHODS[name]
+    folder = args.work_dir / method.base
+    base, model, ratios = load(folder), attach(name, folder, 0).train(), []
+    optimizer = optimizer_of(model, 0.0)
+    for rows in islice(steps_of(folder, 0), TIMED_ROUNDS):
         begin = time.perf_counter()
-        for row in next(data):
+        for row in rows:
             embeds = base.get_input_embeddings()(row["input_ids"]).detach().requires_grad_()
             base(inputs_embeds=embeds, labels=row["labels"]).loss.backward()
-        seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds)
+        between = time.perf_counter()
+        train_step(model, method, rows, optimizer)
+        ratios.append((time.perf_counter() - between) / (between - begin))
+    return statistics.median(ratios)
 
 
 def run(args: argparse.Namespace, name: str, learning_rate: float | None, seed: int, chooses: bool) -> dict[str, Any]:
     """One run, as it is written down."""
-    from transformers import AutoModelForCausalLM
-
     method = METHODS[name]
     folder = args.work_dir / method.base
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    base.requires_grad_(False)
     found: dict[str, Any] = {"method": name, "learning_rate": learning_rate, "seed": seed, "chooses": chooses}
     found["steps"] = args.steps // 3 if chooses else args.steps
-    model: nn.Module = base.eval()
-    if method.attach is not None:
-        seconds = 0.0 if chooses else step_seconds(base, folder)
-        torch.manual_seed(seed)
-        model = method.attach(base)
-        if hasattr(model.base_model, "measure_on"):  # as Axolotl's runs do
-            model.base_model.measure_on(row for task in TASKS for row in rows_of(folder, task, "train"))
-        if not isinstance(model, PeftModel):
-            model.enable_input_require_grads()
+    if method.attach is None:
+        model: nn.Module = load(folder)
+    else:
+        model = attach(name, folder, seed)
         found["parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        took = train(model, method, folder, learning_rate, seed, found["steps"])
-        if not chooses:
-            found["step / base"] = statistics.median(took) / seconds
+        train(model, method, folder, learning_rate, seed, found["steps"])
     choices = Choices()
     with watch_choices(choices.note):
         for choices.task, task in enumerate(TASKS):
@@ -297,7 +314,18 @@ class Results:
         for line in self.lines:
             if wanted.items() <= line.items():
                 return line
-        line = run(self._args, name, learning_rate, seed, chooses)
+        return self._write(run(self._args, name, learning_rate, seed, chooses))
+
+    def step_ratio(self, name: str) -> float | None:
+        """A step / one of the base; None where nothing is trained."""
+        if METHODS[name].attach is None:
+            return None
+        for line in self.lines:
+            if line["method"] == name and "step / base" in line:
+                return line["step / base"]
+        return self._write({"method": name, "step / base": time_step(self._args, name)})["step / base"]
+
+    def _write(self, line: dict[str, Any]) -> dict[str, Any]:
         self.lines.append(line)
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -330,17 +358,16 @@ def spread(values: list[float], digits: int = 3) -> str:
     return f"{statistics.mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
-def table(by_method: dict[str, list[dict[str, Any]]]) -> str:
+def table(by_method: dict[str, list[dict[str, Any]]], step_ratios: dict[str, float | None]) -> str:
     heads = ["method", "parameters", "learning rate", "loss, mean of tasks", *TASKS]
     heads += [*(f"{task} exact" for task in EXACT), "fourth text", "step / base"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, runs in by_method.items():
-        trained = "parameters" in runs[0]
-        cells = [name, f"{runs[0]['parameters']:,}" if trained else "0", str(runs[0]["learning_rate"] or "")]
+        cells = [name, f"{runs[0].get('parameters', 0):,}", str(runs[0]["learning_rate"] or "")]
         cells += [spread([r["mean"] for r in runs])] + [spread([r[task] for r in runs]) for task in TASKS]
         cells += [spread([r[f"{task} exact"] for r in runs], 2) for task in EXACT]
         cells += [spread([r["fourth text"] for r in runs])]
-        cells += [f"{statistics.median(r['step / base'] for r in runs):.2f}" if trained else ""]
+        cells += ["" if step_ratios[name] is None else f"{step_ratios[name]:.2f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -384,7 +411,8 @@ def main() -> None:
         progress.set_description(name)
         seeds = range(args.seeds if METHODS[name].attach else 1)
         runs[name] = [results.get(name, results.learning_rate(name), seed, False) for seed in seeds]
-    print(f"{table(runs)}\n\n{routing_table(runs)}")
+    ratios = {name: results.step_ratio(name) for name in tqdm(names, desc="timing")}
+    print(f"{table(runs, ratios)}\n\n{routing_table(runs)}")
 
 
 if __name__ == "__main__":
