@@ -13,7 +13,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +29,23 @@ def main() -> None:
     parser.add_argument("files", type=Path, nargs="+", help="what `pytest --matrix FILE` wrote on each stack")
     arguments = parser.parse_args()
     runs = {path.stem: json.loads(path.read_text()) for path in arguments.files}
+    sampled = {name: run["one_in"] for name, run in runs.items() if run["one_in"]}
+    if sampled and not arguments.check:
+        sys.exit(
+            "".join(f"{name}.json has one in {one_in} of the tests alone. " for name, one_in in sampled.items())
+            + "The page is written from whole runs: `pytest --matrix FILE` without --one-in."
+        )
     head, _, rest = PAGE.read_text().partition(BEGIN)
     written, _, tail = rest.partition(END)
     page = _legend(runs) + "\n\n" + table(runs)
     if not arguments.check:
         PAGE.write_text(f"{head}{BEGIN}\n\n{page}\n\n{END}{tail}")
-    elif different := _different(_cells(written), _cells(page), {name for name, run in runs.items() if run["one_in"]}):
+    elif different := _different(_cells(written), _cells(page), sampled):
         sys.exit(
             "tests/README.md differs from what these tests ran:\n"
             + "\n".join(different)
-            + f"\nWrite it: python -m tests.matrix_page {' '.join(map(str, arguments.files))}"
+            + "\nFrom whole runs of the tests, write it: python -m tests.matrix_page "
+            + " ".join(map(str, arguments.files))
         )
 
 
@@ -94,7 +101,7 @@ def _cells(page: str) -> set[tuple[str, str, str, str]]:
 
 
 def _different(
-    said: set[tuple[str, str, str, str]], ran: set[tuple[str, str, str, str]], sampled: set[str]
+    said: set[tuple[str, str, str, str]], ran: set[tuple[str, str, str, str]], sampled: Container[str]
 ) -> list[str]:
     missing = {cell for cell in said - ran if cell[-1] not in sampled}
     return sorted(

@@ -110,6 +110,17 @@ def test_a_page_of_other_tests_does_not_pass(tmp_path, monkeypatch, a, b, differ
             assert page.read_text().startswith("before\n") and page.read_text().endswith("after\n")
 
 
+def test_no_page_is_written_from_a_part_of_the_tests(tmp_path, monkeypatch):
+    page, file = tmp_path / "README.md", tmp_path / "a.json"
+    page.write_text(f"before\n{matrix_page.BEGIN}\n{matrix_page.END}\nafter\n")
+    file.write_text(json.dumps(run(*BOTH, one_in=3)))
+    monkeypatch.setattr(matrix_page, "PAGE", page)
+    monkeypatch.setattr(sys, "argv", ["matrix_page", str(file)])
+    with pytest.raises(SystemExit, match=r"a\.json has one in 3 .* without --one-in"):
+        matrix_page.main()
+    assert "CPU" not in page.read_text()
+
+
 def test_of_a_tests_parameter_sets_one_in_n_run_and_of_every_test_at_least_one(pytester):
     pytester.makeconftest((ROOT / "tests" / "conftest.py").read_text())
     pytester.makepyfile("""

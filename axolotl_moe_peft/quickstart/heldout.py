@@ -26,7 +26,11 @@ def read_heldout(task: str) -> list[list[dict[str, str]]]:
 def tokenize(
     tokenizer: PreTrainedTokenizerBase, question: dict[str, str], answer: dict[str, str]
 ) -> dict[str, Tensor]:
-    """Tokenise a conversation as Axolotl does: the answer and the end of its turn are supervised."""
+    """Tokenise a conversation as Axolotl does: the answer and the end of its turn are supervised.
+
+    Returns:
+        input_ids and labels, int64 (1, S); -100 where a label is none.
+    """
     prompt = tokenizer.apply_chat_template([question], add_generation_prompt=True, tokenize=False)
     prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
     answer_ids = tokenizer(answer["content"] + tokenizer.eos_token, add_special_tokens=False).input_ids

@@ -52,7 +52,7 @@ def measure(model_dir: Path, adapter_dirs: dict[str, Path]) -> Iterator[tuple[st
     """Measure the base, then each setting on the same held-out rows, with plain transformers and PEFT."""
     tokenizer = load_tokenizer(model_dir)
     rows = {task: [tokenize(tokenizer, *chat) for chat in read_heldout(task)] for task in TASKS}
-    base = load(model_dir).eval()
+    base = load(model_dir)
     yield "base", Result(0, {task: evaluate(base, rows[task])[0] for task in TASKS}, {task: [] for task in TASKS})
     for setting, folder in adapter_dirs.items():
         model = PeftModel.from_pretrained(load(model_dir), folder, is_trainable=True).eval()

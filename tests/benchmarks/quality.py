@@ -36,7 +36,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from axolotl_moe_peft import PerftConfig, PTMoeConfig, TTLoraConfig
 from axolotl_moe_peft.quickstart.heldout import TASKS, read_heldout, tokenize
-from axolotl_moe_peft.quickstart.models import load_tokenizer
+from axolotl_moe_peft.quickstart.models import load, load_tokenizer
 from axolotl_moe_peft.quickstart.recipes import RECIPES, ROOT
 from axolotl_moe_peft.shared.choice_counts import divergence
 from axolotl_moe_peft.shared.choices import watch_choices
@@ -242,16 +242,9 @@ def train(model: nn.Module, method: Method, folder: Path, learning_rate: float, 
     model.eval()
 
 
-def load(folder: Path) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    return base.requires_grad_(False).eval()
-
-
 def attach(name: str, folder: Path, seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    model = METHODS[name].attach(load(folder))
+    model = METHODS[name].attach(load(folder).requires_grad_(False))
     if hasattr(model.base_model, "measure_on"):  # as Axolotl's runs do
         model.base_model.measure_on(row for task in TASKS for row in rows_of(folder, task, "train"))
     if not isinstance(model, PeftModel):
@@ -260,10 +253,10 @@ def attach(name: str, folder: Path, seed: int) -> nn.Module:
 
 
 def time_step(args: argparse.Namespace, name: str) -> float:
-    """A step of the method's / one of the frozen base with gradients for its inputs: the median of rounds in turn."""
+    """Time of a step / of one of the frozen base with gradients for its inputs, the median of rounds in turn."""
     method = METHODS[name]
     folder = args.work_dir / method.base
-    base, model, ratios = load(folder), attach(name, folder, 0).train(), []
+    base, model, ratios = load(folder).requires_grad_(False), attach(name, folder, 0).train(), []
     optimizer = optimizer_of(model, 0.0)
     for rows in islice(steps_of(folder, 0), TIMED_ROUNDS):
         begin = time.perf_counter()
