@@ -368,8 +368,8 @@ def table(by_method: dict[str, list[dict[str, Any]]], step_ratios: dict[str, flo
 def routing_table(by_method: dict[str, list[dict[str, Any]]]) -> str:
     """Of every method with routers: how far they tell the tasks apart, and the least used expert."""
     lines = [
-        "| method | expert and task | the same, layer by layer | smallest share of an expert |",
-        "|---|---|---|---|",
+        "| method | expert and task | the same, layer by layer | smallest share | layers with an idle expert |",
+        "|---|---|---|---|---|",
     ]
     for name, runs in by_method.items():
         of_runs = [[torch.tensor(counts) for counts in r["choices"].values()] for r in runs if r["choices"]]
@@ -377,10 +377,12 @@ def routing_table(by_method: dict[str, list[dict[str, Any]]]) -> str:
             continue
         measure = mutual_information if "" in runs[0]["choices"] else divergence
         told = [[100 * measure(counts_DN) for counts_DN in layers] for layers in of_runs]
-        least = [min((c.sum(0) / c.sum()).min().item() for c in layers) for layers in of_runs]
+        smallest = [[(c.sum(0) / c.sum()).min().item() for c in layers] for layers in of_runs]
+        idle = [sum(share == 0 for share in shares) / len(shares) for shares in smallest]
         by_layer = [statistics.mean(values) for values in zip(*told)]
         cells = [name, spread([statistics.mean(values) for values in told], 1)]
-        cells += [" ".join(f"{value:.0f}" for value in by_layer) if len(by_layer) > 1 else "", spread(least)]
+        cells += [" ".join(f"{value:.0f}" for value in by_layer) if len(by_layer) > 1 else ""]
+        cells += [spread([min(shares) for shares in smallest]), spread(idle, 2)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
