@@ -7,9 +7,9 @@ downhill from its middle, by the loss on rows of the training files that are not
 with the first seed; a method at other sizes keeps it. Then every method is trained with every seed: the same rows in
 the same order, steps of a row of each task. Each run is a line of JSON in RESULTS; a run that has a line is not made
 again, whatever machine it ran on. Then steps are timed beside the base's, which wants an idle machine; the tables come
-last: what was learnt, and what the routers did with the held-out rows of each task.
+last. `quality_page` writes the page of them.
 
-Shape suffixes: D datasets (the tasks), N experts.
+Shape suffixes: D datasets (the tasks), N experts, T tokens or prompts, K chosen.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
 from itertools import islice
@@ -29,114 +28,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from axolotl_moe_peft import PerftConfig, PTMoeConfig, TTLoraConfig
 from axolotl_moe_peft.quickstart.heldout import TASKS, read_heldout, tokenize
 from axolotl_moe_peft.quickstart.models import load, load_tokenizer
 from axolotl_moe_peft.quickstart.recipes import RECIPES, ROOT
-from axolotl_moe_peft.shared.choice_counts import divergence
 from axolotl_moe_peft.shared.choices import watch_choices
 from axolotl_moe_peft.shared.routing import Routing
+from tests.benchmarks.quality_methods import METHODS, Method
+from tests.benchmarks.quality_page import tables
 
-EXACT = ("boolq", "openbookqa")  # whose answers are a few words
 TRAIN_ROWS, VALIDATION_ROWS, HELDOUT_ROWS = 40, 8, 12
 LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 TIMED_ROUNDS = 5
-ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 # what no method is trained on and the base knows by heart
 FOURTH_TEXT, FOURTH_LENGTH, FOURTH_ROWS = ROOT / "LICENSE", 256, 6
-TASK = {"task_type": "CAUSAL_LM"}
 
 Row = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Method:
-    """A row of the page.
-
-    Attributes:
-        base: `model`, the MoE, or `dense`.
-        attach: makes the trained model of a base; None: it stays frozen.
-        learning_rate_of: the method whose learning rate it takes; None: it has one of its own.
-        loss: what is added to the loss of a row, if the method does not do it itself.
-    """
-
-    base: str
-    attach: Callable[[PreTrainedModel], nn.Module] | None = None
-    learning_rate_of: str | None = None
-    loss: Callable[[nn.Module], Tensor] | None = None
-
-
-def peft(make_config: Callable[..., PeftConfig], **settings: Any) -> Callable[[PreTrainedModel], nn.Module]:
-    return lambda base: get_peft_model(base, make_config(**settings, **TASK))
-
-
-def lora(rank: int, **settings: Any) -> Callable[[PreTrainedModel], nn.Module]:
-    return peft(LoraConfig, r=rank, lora_alpha=2 * rank, **settings)
-
-
-def perft(rank: int, **settings: Any) -> Callable[[PreTrainedModel], nn.Module]:
-    return peft(PerftConfig, rank=rank, alpha=2 * rank, **settings)
-
-
-def pt_moe(**settings: Any) -> Callable[[PreTrainedModel], nn.Module]:
-    return peft(PTMoeConfig, **settings)
-
-
-def mixlora(base: PreTrainedModel) -> nn.Module:
-    from axolotl.integrations.mixlora.patching import patch_model_with_mixlora
-    from axolotl.utils.dict import DictDefault
-
-    keys = {"mixlora_num_experts": 8, "mixlora_top_k": 2, "lora_r": 4, "lora_alpha": 8}
-    patch_model_with_mixlora(base.requires_grad_(False), DictDefault(keys))
-    return base
-
-
-def mixlora_loss(model: nn.Module) -> Tensor:
-    from axolotl.integrations.mixlora.loss import collect_mixlora_aux_loss
-
-    return collect_mixlora_aux_loss(model, 0.01)
-
-
-EXPERT_WEIGHTS = {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
-PAPER = {"center_router_input": False, "top_k": 1}
-ROUTED = {"num_experts": 8, "num_experts_per_tok": 2}
-METHODS = {
-    "frozen MoE": Method("model"),
-    # at about the trainable parameters of PERFT-R
-    "PERFT-R": Method("model", perft(16, **ROUTED)),
-    "PERFT-E": Method("model", perft(32, variant="embedded")),
-    "PERFT-D": Method("model", perft(16, variant="dense", num_experts=8)),
-    "PERFT-S": Method("model", perft(128, variant="single")),
-    "LoRA, attention": Method("model", lora(38, target_modules=ATTENTION)),
-    "LoRA, experts": Method("model", lora(6, **EXPERT_WEIGHTS)),
-    # by how much its routers are balanced; 0.01 above
-    "PERFT-R, coefficient 0": Method("model", perft(16, **ROUTED, router_aux_loss_coef=0.0), "PERFT-R"),
-    "PERFT-R, coefficient 0.001": Method("model", perft(16, **ROUTED, router_aux_loss_coef=1e-3), "PERFT-R"),
-    "PERFT-R, coefficient 0.1": Method("model", perft(16, **ROUTED, router_aux_loss_coef=0.1), "PERFT-R"),
-    # at about its activated ones
-    "PERFT-E, activated": Method("model", perft(16, variant="embedded"), "PERFT-E"),
-    "PERFT-D, activated": Method("model", perft(16, variant="dense", num_experts=2), "PERFT-D"),
-    "PERFT-S, activated": Method("model", perft(32, variant="single"), "PERFT-S"),
-    "LoRA, attention, activated": Method("model", lora(10, target_modules=ATTENTION), "LoRA, attention"),
-    "LoRA, experts, activated": Method("model", lora(3, **EXPERT_WEIGHTS), "LoRA, experts"),
-    "frozen dense": Method("dense"),
-    "LoRA r1, q and v": Method("dense", lora(1, target_modules=["q_proj", "v_proj"])),
-    "LoRA r16, q and v": Method("dense", lora(16, target_modules=["q_proj", "v_proj"])),
-    "TT-LoRA": Method("dense", peft(TTLoraConfig, rank=10)),
-    "PT": Method("dense", pt_moe(num_virtual_tokens=36, num_experts=1, rank=None)),
-    "DPT": Method("dense", pt_moe(num_virtual_tokens=36, num_experts=1, rank=34)),
-    "SMoP": Method("dense", pt_moe(num_virtual_tokens=17, num_experts=2, rank=None, **PAPER)),
-    "PT-MoE": Method("dense", pt_moe(num_virtual_tokens=36, num_experts=2, rank=30)),
-    "PT-MoE, 3 experts": Method("dense", pt_moe(num_virtual_tokens=36, num_experts=3, rank=28)),
-    "PT-MoE, the paper's router": Method("dense", pt_moe(num_virtual_tokens=36, num_experts=2, rank=30, **PAPER)),
-    "PERFT-R beside MLPs": Method("dense", perft(16, target_modules="mlp", **ROUTED)),
-    "MixLoRA": Method("dense", mixlora, loss=mixlora_loss),
-}
 
 
 @cache
@@ -199,14 +110,6 @@ class Choices:
         num_experts = routing.logits_TN.shape[1]
         counts_DN = self.layers.setdefault(layer or "", torch.zeros(len(TASKS), num_experts, dtype=torch.int64))
         counts_DN[self.task] += torch.bincount(routing.indices_TK.flatten(), minlength=num_experts)
-
-
-def mutual_information(counts_DN: Tensor) -> float:
-    """Of task and expert, by the mean of their entropies: 0, the expert says nothing of the task, to 1."""
-    share_DN = counts_DN.double() / counts_DN.sum()
-    of_tasks, of_experts = (torch.special.entr(share_DN.sum(axis)).sum() for axis in (1, 0))
-    both = torch.special.entr(share_DN).sum()
-    return ((of_tasks + of_experts - both) / ((of_tasks + of_experts) / 2)).item()
 
 
 def train_step(model: nn.Module, method: Method, rows: list[Row], optimizer: torch.optim.Optimizer) -> None:
@@ -309,10 +212,8 @@ class Results:
                 return line
         return self._write(run(self._args, name, learning_rate, seed, chooses))
 
-    def step_ratio(self, name: str) -> float | None:
-        """A step / one of the base; None where nothing is trained."""
-        if METHODS[name].attach is None:
-            return None
+    def step_ratio(self, name: str) -> float:
+        """A step / one of the base."""
         for line in self.lines:
             if line["method"] == name and "step / base" in line:
                 return line["step / base"]
@@ -344,49 +245,6 @@ class Results:
         return LEARNING_RATES[best]
 
 
-def spread(values: list[float], digits: int = 3) -> str:
-    """Mean (minimum to maximum)."""
-    if len(set(values)) == 1:
-        return f"{values[0]:.{digits}f}"
-    return f"{statistics.mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
-
-
-def table(by_method: dict[str, list[dict[str, Any]]], step_ratios: dict[str, float | None]) -> str:
-    heads = ["method", "parameters", "learning rate", "loss, mean of tasks", *TASKS]
-    heads += [*(f"{task} exact" for task in EXACT), "fourth text", "step / base"]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for name, runs in by_method.items():
-        cells = [name, f"{runs[0].get('parameters', 0):,}", str(runs[0]["learning_rate"] or "")]
-        cells += [spread([r["mean"] for r in runs])] + [spread([r[task] for r in runs]) for task in TASKS]
-        cells += [spread([r[f"{task} exact"] for r in runs], 2) for task in EXACT]
-        cells += [spread([r["fourth text"] for r in runs])]
-        cells += ["" if step_ratios[name] is None else f"{step_ratios[name]:.2f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def routing_table(by_method: dict[str, list[dict[str, Any]]]) -> str:
-    """Of every method with routers: how far they tell the tasks apart, and the least used expert."""
-    lines = [
-        "| method | expert and task | the same, layer by layer | smallest share | layers with an idle expert |",
-        "|---|---|---|---|---|",
-    ]
-    for name, runs in by_method.items():
-        of_runs = [[torch.tensor(counts) for counts in r["choices"].values()] for r in runs if r["choices"]]
-        if not of_runs:
-            continue
-        measure = mutual_information if "" in runs[0]["choices"] else divergence
-        told = [[100 * measure(counts_DN) for counts_DN in layers] for layers in of_runs]
-        smallest = [[(c.sum(0) / c.sum()).min().item() for c in layers] for layers in of_runs]
-        idle = [sum(share == 0 for share in shares) / len(shares) for shares in smallest]
-        by_layer = [statistics.mean(values) for values in zip(*told)]
-        cells = [name, spread([statistics.mean(values) for values in told], 1)]
-        cells += [" ".join(f"{value:.0f}" for value in by_layer) if len(by_layer) > 1 else ""]
-        cells += [spread([min(shares) for shares in smallest]), spread(idle, 2)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work_dir", type=Path, help="folder of the quick starts, with their models")
@@ -406,8 +264,9 @@ def main() -> None:
         progress.set_description(name)
         seeds = range(args.seeds if METHODS[name].attach else 1)
         runs[name] = [results.get(name, results.learning_rate(name), seed, False) for seed in seeds]
-    ratios = {name: results.step_ratio(name) for name in tqdm(names, desc="timing")}
-    print(f"{table(runs, ratios)}\n\n{routing_table(runs)}")
+    trained = [name for name in names if METHODS[name].attach is not None]
+    ratios = {name: results.step_ratio(name) for name in tqdm(trained, desc="timing")}
+    print(tables(runs, ratios))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,34 @@
+"""The page that says which method learnt best has the figures of the runs, and takes those of one setting only."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.benchmarks import quality_page
+
+
+def test_the_pages_tables_and_figure_are_those_of_the_results() -> None:
+    runs, ratios = quality_page.read(quality_page.RESULTS)
+    expected = "write it anew: python -m tests.benchmarks.quality_page"
+    assert quality_page.page_tables() == quality_page.tables(runs, ratios), expected
+    drawn = quality_page.FIGURE.read_text(encoding="utf-8")
+    assert {name for name in runs if quality_page.METHODS[name].attach} <= set(re.findall(r">([^<]+)</text>", drawn))
+
+
+def test_runs_of_several_settings_are_not_mixed(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    run = {"method": "PT", "chooses": False, "learning_rate": 0.03, "steps": 60, "seed": 0}
+    path.write_text(json.dumps(run) + "\n" + json.dumps(run | {"steps": 20, "seed": 1}), encoding="utf-8")
+    with pytest.raises(ValueError, match="runs of PT have several learning rates or numbers of steps"):
+        quality_page.read(path)
+
+
+def test_runs_that_choose_a_learning_rate_are_not_of_the_page(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    run = {"method": "PT", "chooses": True, "learning_rate": 0.03, "steps": 20, "seed": 0}
+    path.write_text(json.dumps(run) + "\n" + json.dumps({"method": "PT", "step / base": 1.25}), encoding="utf-8")
+    assert quality_page.read(path) == ({}, {"PT": 1.25})
