@@ -44,7 +44,7 @@ from tests.benchmarks.quality_page import tables
 TRAIN_ROWS, VALIDATION_ROWS, HELDOUT_ROWS = 40, 8, 12
 LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 TIMED_ROUNDS = 5
-# what no method is trained on and the base knows by heart
+# what no method is trained on: a licence's text
 FOURTH_TEXT, FOURTH_LENGTH, FOURTH_ROWS = ROOT / "LICENSE", 256, 6
 
 Row = dict[str, Tensor]

@@ -80,9 +80,8 @@ METHODS = {
     "PERFT-R, coefficient 0": Method("model", perft(16, **ROUTED, router_aux_loss_coef=0.0), "PERFT-R"),
     "PERFT-R, coefficient 0.001": Method("model", perft(16, **ROUTED, router_aux_loss_coef=1e-3), "PERFT-R"),
     "PERFT-R, coefficient 0.1": Method("model", perft(16, **ROUTED, router_aux_loss_coef=0.1), "PERFT-R"),
-    # at about its activated ones
+    # at about its activated ones; PERFT-D's two adapters of rank 16, which have no gate, are PERFT-S's one of 32
     "PERFT-E, activated": Method("model", perft(16, variant="embedded"), "PERFT-E"),
-    "PERFT-D, activated": Method("model", perft(16, variant="dense", num_experts=2), "PERFT-D"),
     "PERFT-S, activated": Method("model", perft(32, variant="single"), "PERFT-S"),
     "LoRA, attention, activated": Method("model", lora(10, target_modules=ATTENTION), "LoRA, attention"),
     "LoRA, experts, activated": Method("model", lora(3, **EXPERT_WEIGHTS), "LoRA, experts"),
