@@ -135,7 +135,7 @@ def draw_panel(axes: Axes, losses: dict[str, list[float]]) -> None:
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.grid(axis="x", color="0.9")
-    axes.set_xlabel("held-out loss, mean of the tasks; a ring a seed, a bar their mean")
+    axes.set_xlabel("held-out loss, mean of the tasks")
 
 
 def page_tables() -> str:
