@@ -19,11 +19,18 @@ def test_the_pages_tables_and_figure_are_those_of_the_results() -> None:
     assert {name for name in runs if quality_page.METHODS[name].attach} <= set(re.findall(r">([^<]+)</text>", drawn))
 
 
-def test_runs_of_several_settings_are_not_mixed(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("second", "error"),
+    [
+        ({"seed": 1, "steps": 20}, "runs of PT have several learning rates or numbers of steps"),
+        ({"mean": 0.5}, r"runs of PT have the seeds \[0, 0\]"),
+    ],
+)
+def test_runs_that_do_not_go_together_are_refused(tmp_path: Path, second: dict[str, float], error: str) -> None:
     path = tmp_path / "results.jsonl"
     run = {"method": "PT", "chooses": False, "learning_rate": 0.03, "steps": 60, "seed": 0}
-    path.write_text(json.dumps(run) + "\n" + json.dumps(run | {"steps": 20, "seed": 1}), encoding="utf-8")
-    with pytest.raises(ValueError, match="runs of PT have several learning rates or numbers of steps"):
+    path.write_text(json.dumps(run) + "\n" + json.dumps(run | second), encoding="utf-8")
+    with pytest.raises(ValueError, match=error):
         quality_page.read(path)
 
 

@@ -38,7 +38,7 @@ def read(path: Path) -> tuple[dict[str, list[Line]], dict[str, float]]:
     """The runs of each method, in the methods' order, and how long their steps take.
 
     Raises:
-        ValueError: a method's runs have several learning rates or numbers of steps.
+        ValueError: a method's runs have several learning rates or numbers of steps, or one seed twice.
     """
     lines: list[Line] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     ratios = {line["method"]: line["step / base"] for line in lines if "step / base" in line}
@@ -49,6 +49,9 @@ def read(path: Path) -> tuple[dict[str, list[Line]], dict[str, float]]:
             raise ValueError(
                 f"{path}: runs of {name} have several learning rates or numbers of steps; one file for each"
             )
+        seeds = [run["seed"] for run in runs]
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"{path}: runs of {name} have the seeds {sorted(seeds)}; one line for each")
         if runs:
             found[name] = sorted(runs, key=lambda run: run["seed"])
     return found, ratios
