@@ -34,6 +34,14 @@ def test_runs_that_do_not_go_together_are_refused(tmp_path: Path, second: dict[s
         quality_page.read(path)
 
 
+def test_a_method_whose_steps_are_timed_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    lines = [json.dumps({"method": "PT", "step / base": ratio}) for ratio in (1.2, 1.6)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(ValueError, match="two lines say how long a step of PT takes"):
+        quality_page.read(path)
+
+
 def test_runs_that_choose_a_learning_rate_are_not_of_the_page(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     run = {"method": "PT", "chooses": True, "learning_rate": 0.03, "steps": 20, "seed": 0}

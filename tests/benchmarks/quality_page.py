@@ -38,10 +38,16 @@ def read(path: Path) -> tuple[dict[str, list[Line]], dict[str, float]]:
     """The runs of each method, in the methods' order, and how long their steps take.
 
     Raises:
-        ValueError: a method's runs have several learning rates or numbers of steps, or one seed twice.
+        ValueError: a method's runs have several learning rates or numbers of steps, or two lines have a seed or the
+            time of its steps.
     """
     lines: list[Line] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    ratios = {line["method"]: line["step / base"] for line in lines if "step / base" in line}
+    ratios: dict[str, float] = {}
+    for line in lines:
+        if "step / base" in line:
+            if line["method"] in ratios:
+                raise ValueError(f"{path}: two lines say how long a step of {line['method']} takes; one is wanted")
+            ratios[line["method"]] = line["step / base"]
     found = {}
     for name in METHODS:
         runs = [line for line in lines if line["method"] == name and line.get("chooses") is False]
