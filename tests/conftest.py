@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 import zlib
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -14,7 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-from tests.matrix import Matrix
+from tests.matrix import OUT_OF_TIME, Matrix
 
 torch.set_num_threads(1)
 if find_spec("triton") and not torch.cuda.is_available():
@@ -32,12 +33,14 @@ if not find_spec("lm_eval"):  # which Axolotl brings
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--matrix", type=Path, help="write what this run has of the matrix of tests/README.md to a file")
     parser.addoption("--one-in", type=int, metavar="N", help="of a test's parameter sets one in N, always the same")
+    parser.addoption("--others", action="store_true", help="those that --one-in leaves out, instead")
+    parser.addoption("--until", type=float, metavar="TIME", help="begin no test after it, in seconds since 1970")
     parser.addoption("--fuzz", type=int, help="how many random YAMLs are run through Axolotl (300 is the full form)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.matrix:
-        config.pluginmanager.register(Matrix(config.option.matrix, config.option.one_in))
+        config.pluginmanager.register(Matrix(config.option.matrix, whole=not config.option.one_in))
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m
@@ -51,16 +54,35 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA GPU on this machine"))
     if config.option.one_in:
-        kept = set(_sample(items, config.option.one_in))
+        sample = set(_sample(items, config.option.one_in))
+        kept = set(items) - sample if config.option.others else sample
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = [item for item in items if item in kept]
 
 
 def _sample(items: list[pytest.Item], one_in: int) -> Iterator[pytest.Item]:
-    """By a checksum of their names, as every N-th could be the same adapter each time; of every test at least one."""
+    """Of every test at least one. By a checksum, as every N-th could be one adapter; another Python has others."""
     tests: dict[str, list[pytest.Item]] = {}
     for item in items:
         tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for of_test in tests.values():
-        chosen = [item for item in of_test if zlib.crc32(item.nodeid.encode()) % one_in == 0]
+        chosen = [item for item in of_test if _checksum(item) % one_in == 0]
         yield from chosen or of_test[:1]
+
+
+def _checksum(item: pytest.Item) -> int:
+    return zlib.crc32(f"{item.nodeid} {sys.version_info.minor}".encode())
+
+
+@pytest.hookimpl(tryfirst=True)  # before fixtures are made
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    until = item.config.option.until
+    if until and time.time() > until:
+        item.user_properties.append((OUT_OF_TIME, True))
+        pytest.skip(OUT_OF_TIME)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = terminalreporter.stats.get("skipped", [])
+    if count := sum(OUT_OF_TIME in dict(report.user_properties) for report in skipped):
+        terminalreporter.write_line(f"{count} {OUT_OF_TIME}")

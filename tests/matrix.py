@@ -31,6 +31,7 @@ COLUMNS = (
     "pt_moe",
 )
 SKIPPED = "(GPU)"
+OUT_OF_TIME = "not run, as time was over"  # what a test is skipped for after --until, and a property of its report
 _ALIASES = {"perft": "perft routed", "routed": "perft routed"}
 _WITHOUT_COLUMN = ("perft single",)  # to the host it is as dense
 _PACKAGES = ("axolotl", "transformers", "peft", "trl", "accelerate", "torch")
@@ -41,11 +42,11 @@ class Matrix:
 
     Args:
         path: of the file.
-        one_in: which part of the tests' parameter sets runs; None: all.
+        whole: whether all tests are to run; where time is over before they have, they have not.
     """
 
-    def __init__(self, path: Path, one_in: int | None = None) -> None:
-        self.path, self.one_in = path, one_in
+    def __init__(self, path: Path, whole: bool = True) -> None:
+        self.path, self.whole = path, whole
         self.passed: dict[tuple[str, str, str], bool] = defaultdict(lambda: True)
 
     def pytest_itemcollected(self, item: pytest.Item) -> None:
@@ -61,6 +62,9 @@ class Matrix:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "teardown" or (report.when == "setup" and report.passed):
             return
+        if OUT_OF_TIME in dict(report.user_properties):
+            self.whole = False
+            return
         for name, value in report.user_properties:
             if name == "matrix":
                 row, column, cell = value
@@ -72,7 +76,7 @@ class Matrix:
         if hasattr(session.config, "workerinput"):  # a process of pytest-xdist: its reports go to the controller
             return
         cells = [[*key, passed] for key, passed in sorted(self.passed.items())]
-        self.path.write_text(json.dumps({"stack": stack(), "one_in": self.one_in, "cells": cells}, indent=1))
+        self.path.write_text(json.dumps({"stack": stack(), "whole": self.whole, "cells": cells}, indent=1))
 
 
 def _check_column(nodeid: str, column: str) -> None:

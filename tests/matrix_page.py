@@ -4,7 +4,7 @@
     python -m tests.matrix_page --check a.json b.json c.json    # fails where the page says anything else
 
 A file's name is the stack's on the page: `CPU ab` is a cell that passed on the stacks of a.json and b.json. Of a stack
-that ran with `--one-in` the check asks that the page has what ran, and not that all of the page ran.
+of which a part ran (`--one-in`, or `--until`) the check asks that the page has what ran, and not that all of it ran.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ def main() -> None:
     parser.add_argument("files", type=Path, nargs="+", help="what `pytest --matrix FILE` wrote on each stack")
     arguments = parser.parse_args()
     runs = {path.stem: json.loads(path.read_text()) for path in arguments.files}
-    sampled = {name: run["one_in"] for name, run in runs.items() if run["one_in"]}
-    if sampled and not arguments.check:
+    parts = [name for name, run in runs.items() if not run["whole"]]
+    if parts and not arguments.check:
         sys.exit(
-            "".join(f"{name}.json has one in {one_in} of the tests alone. " for name, one_in in sampled.items())
-            + "The page is written from whole runs: `pytest --matrix FILE` without --one-in."
+            "".join(f"{name}.json has a part of the tests alone. " for name in parts)
+            + "The page is written from whole runs: `pytest --matrix FILE` without --one-in and --until."
         )
     head, _, rest = PAGE.read_text().partition(BEGIN)
     written, _, tail = rest.partition(END)
     page = _legend(runs) + "\n\n" + table(runs)
     if not arguments.check:
         PAGE.write_text(f"{head}{BEGIN}\n\n{page}\n\n{END}{tail}")
-    elif different := _different(_cells(written), _cells(page), sampled):
+    elif different := _different(_cells(written), _cells(page), parts):
         sys.exit(
             "tests/README.md differs from what these tests ran:\n"
             + "\n".join(different)
@@ -101,9 +101,9 @@ def _cells(page: str) -> set[tuple[str, str, str, str]]:
 
 
 def _different(
-    said: set[tuple[str, str, str, str]], ran: set[tuple[str, str, str, str]], sampled: Container[str]
+    said: set[tuple[str, str, str, str]], ran: set[tuple[str, str, str, str]], parts: Container[str]
 ) -> list[str]:
-    missing = {cell for cell in said - ran if cell[-1] not in sampled}
+    missing = {cell for cell in said - ran if cell[-1] not in parts}
     return sorted(
         [f"only on the page: {' | '.join(cell)}" for cell in missing]
         + [f"only in the tests: {' | '.join(cell)}" for cell in ran - said]

@@ -1,6 +1,7 @@
 import json
 import re
 import sys
+import time
 
 import pytest
 
@@ -34,8 +35,8 @@ def test_gpu():
 """
 
 
-def run(*cells, one_in=None):
-    return {"stack": "", "one_in": one_in, "cells": [list(cell) for cell in cells]}
+def run(*cells, whole=True):
+    return {"stack": "", "whole": whole, "cells": [list(cell) for cell in cells]}
 
 
 def test_a_run_writes_what_its_tests_showed(pytester):
@@ -77,15 +78,19 @@ GPU = [("kernels", "lora", "(GPU)", True)]
         (run(*BOTH), run(*BOTH, *GPU), None),
         (run(*BOTH), run(*BOTH, ("kernels", "lora", "GPU", True)), None),
         (run(*BOTH[:1]), run(*BOTH, *GPU), "only on the page: merging .* a$"),
-        (run(*BOTH[:1], one_in=2), run(*BOTH, *GPU), None),
-        (run(*BOTH, one_in=2), run(*BOTH[1:], *GPU), "only on the page: packing .* b$"),
+        (run(*BOTH[:1], whole=False), run(*BOTH, *GPU), None),
+        (run(*BOTH, whole=False), run(*BOTH[1:], *GPU), "only on the page: packing .* b$"),
         (run(*BOTH), run(*BOTH), "only on the page: kernels"),
         (
-            run(("packing", "lora", "CPU", False), one_in=2),
+            run(("packing", "lora", "CPU", False), whole=False),
             run(*BOTH, *GPU),
             "only in the tests: packing .* fails",
         ),
-        (run(("packing", "pt_moe", "CPU", True), one_in=2), run(*BOTH, *GPU), "only in the tests: packing . pt_moe"),
+        (
+            run(("packing", "pt_moe", "CPU", True), whole=False),
+            run(*BOTH, *GPU),
+            "only in the tests: packing . pt_moe",
+        ),
         (
             run(*BOTH),
             run(BOTH[0], ("merging", "pt_moe", "no: S", True), *GPU),
@@ -113,24 +118,52 @@ def test_a_page_of_other_tests_does_not_pass(tmp_path, monkeypatch, a, b, differ
 def test_no_page_is_written_from_a_part_of_the_tests(tmp_path, monkeypatch):
     page, file = tmp_path / "README.md", tmp_path / "a.json"
     page.write_text(f"before\n{matrix_page.BEGIN}\n{matrix_page.END}\nafter\n")
-    file.write_text(json.dumps(run(*BOTH, one_in=3)))
+    file.write_text(json.dumps(run(*BOTH, whole=False)))
     monkeypatch.setattr(matrix_page, "PAGE", page)
     monkeypatch.setattr(sys, "argv", ["matrix_page", str(file)])
-    with pytest.raises(SystemExit, match=r"a\.json has one in 3 .* without --one-in"):
+    with pytest.raises(SystemExit, match=r"a\.json has a part .* without --one-in"):
         matrix_page.main()
     assert "CPU" not in page.read_text()
 
 
-def test_of_a_tests_parameter_sets_one_in_n_run_and_of_every_test_at_least_one(pytester):
+@pytest.fixture
+def tests_of_ours(pytester):
+    """43 tests, of which two have parameter sets, beside the conftest.py of these tests."""
     pytester.makeconftest((ROOT / "tests" / "conftest.py").read_text())
+    pytester.makeini("[pytest]\nmarkers =\n    matrix\n    gpu\n    host\n")
     pytester.makepyfile("""
 import pytest
+@pytest.mark.matrix("many", "lora")
 @pytest.mark.parametrize("number", range(40))
 def test_many(number): ...
 @pytest.mark.parametrize("number", range(2))
 def test_few(number): ...
 def test_one(): ...
 """)
-    lines = pytester.runpytest_inprocess("--collect-only", "-q", "--one-in", "4").outlines
-    assert 4 <= sum("test_many" in line for line in lines) <= 16
-    assert any("test_few" in line for line in lines) and any("test_one" in line for line in lines)
+    return pytester
+
+
+def collected(pytester, *options):
+    lines = pytester.runpytest_inprocess("--collect-only", "-q", *options).outlines
+    return [line for line in lines if "::" in line]
+
+
+def test_of_a_tests_parameter_sets_one_in_n_run_and_of_every_test_at_least_one(tests_of_ours):
+    sample = collected(tests_of_ours, "--one-in", "4")
+    assert 4 <= sum("test_many" in name for name in sample) <= 16
+    assert any("test_few" in name for name in sample) and any("test_one" in name for name in sample)
+    others = collected(tests_of_ours, "--one-in", "4", "--others")
+    assert sorted(sample + others) == sorted(collected(tests_of_ours))
+
+
+def test_when_time_is_over_no_test_is_begun_and_none_of_them_is_lost(tests_of_ours, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    in_time, too_late = (
+        tests_of_ours.runpytest_subprocess("-n", "2", "--matrix", "a.json", "--until", str(time.time() + more))
+        for more in (600, -1)
+    )
+    in_time.assert_outcomes(passed=43)
+    in_time.stdout.no_fnmatch_line("*not run*")
+    too_late.assert_outcomes(skipped=43)
+    too_late.stdout.fnmatch_lines("43 not run, as time was over")
+    assert json.loads((tests_of_ours.path / "a.json").read_text()) | {"stack": ""} == run(whole=False)
