@@ -1,9 +1,9 @@
 """Nothing here may reach the network or send telemetry, and files run in parallel share two cores."""
 
 import os
+import random
 import sys
 import time
-import zlib
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -61,17 +61,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _sample(items: list[pytest.Item], one_in: int) -> Iterator[pytest.Item]:
-    """Of every test at least one. By a checksum, as every N-th could be one adapter; another Python has others."""
+    """Of every test at least one. Drawn, as every N-th could be one adapter: always the same, on each host others."""
     tests: dict[str, list[pytest.Item]] = {}
     for item in items:
         tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for of_test in tests.values():
-        chosen = [item for item in of_test if _checksum(item) % one_in == 0]
+        chosen = [item for item in of_test if _draw(item, one_in)]
         yield from chosen or of_test[:1]
 
 
-def _checksum(item: pytest.Item) -> int:
-    return zlib.crc32(f"{item.nodeid} {sys.version_info.minor}".encode())
+def _draw(item: pytest.Item, one_in: int) -> bool:
+    return random.Random(f"{item.nodeid} on Python 3.{sys.version_info.minor}").randrange(one_in) == 0
 
 
 @pytest.hookimpl(tryfirst=True)  # before fixtures are made
