@@ -81,6 +81,7 @@ GPU = [("kernels", "lora", "(GPU)", True)]
         (run(*BOTH[:1], whole=False), run(*BOTH, *GPU), None),
         (run(*BOTH, whole=False), run(*BOTH[1:], *GPU), "only on the page: packing .* b$"),
         (run(*BOTH), run(*BOTH), "only on the page: kernels"),
+        (run(*BOTH), run(*BOTH, whole=False), None),
         (
             run(("packing", "lora", "CPU", False), whole=False),
             run(*BOTH, *GPU),
