@@ -7,8 +7,8 @@ A test that shows how an adapter works with a feature carries
 
 in which names in braces are the test's parameters. What is known only while the test runs, it records instead:
 `record_property("matrix", [row, column, cell])`. A cell is `CPU` or `GPU` by the test's marker, or the text of `cell`,
-whose reason becomes a note. `pytest --matrix FILE` writes a run's cells, and the versions that it ran with, to a file;
-matrix_page.py makes the page of such files.
+whose reason becomes a note. `pytest --matrix=FILE` writes a run's cells, and the versions that it ran with, to a file;
+matrix_page.py makes the page of such files. It wants the equals sign, as pytest takes a file that exists for tests.
 """
 
 from __future__ import annotations

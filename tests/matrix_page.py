@@ -26,14 +26,14 @@ BEGIN, END = "<!-- matrix: written by python -m tests.matrix_page -->", "<!-- ma
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.matrix_page")
     parser.add_argument("--check", action="store_true", help="compare the page, instead of writing it")
-    parser.add_argument("files", type=Path, nargs="+", help="what `pytest --matrix FILE` wrote on each stack")
+    parser.add_argument("files", type=Path, nargs="+", help="what `pytest --matrix=FILE` wrote on each stack")
     arguments = parser.parse_args()
     runs = {path.stem: json.loads(path.read_text()) for path in arguments.files}
     parts = [name for name, run in runs.items() if not run["whole"]]
     if parts and not arguments.check:
         sys.exit(
             "".join(f"{name}.json has a part of the tests alone. " for name in parts)
-            + "The page is written from whole runs: `pytest --matrix FILE` without --one-in and --until."
+            + "The page is written from whole runs: `pytest --matrix=FILE` without --one-in and --until."
         )
     head, _, rest = PAGE.read_text().partition(BEGIN)
     written, _, tail = rest.partition(END)

@@ -160,7 +160,7 @@ def test_of_a_tests_parameter_sets_one_in_n_run_and_of_every_test_at_least_one(t
 def test_when_time_is_over_no_test_is_begun_and_none_of_them_is_lost(tests_of_ours, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     in_time, too_late = (
-        tests_of_ours.runpytest_subprocess("-n", "2", "--matrix", "a.json", "--until", str(time.time() + more))
+        tests_of_ours.runpytest_subprocess("-n", "2", "--matrix=a.json", "--until", str(time.time() + more))
         for more in (600, -1)
     )
     in_time.assert_outcomes(passed=43)
