@@ -39,6 +39,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.option.others and not config.option.one_in:
+        raise pytest.UsageError("--others: what --one-in N leaves out; --one-in is missing")
     if config.option.matrix:
         config.pluginmanager.register(Matrix(config.option.matrix, whole=not config.option.one_in))
 
@@ -83,6 +85,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    skipped = terminalreporter.stats.get("skipped", [])
-    if count := sum(OUT_OF_TIME in dict(report.user_properties) for report in skipped):
+    reports = [r for r in terminalreporter.stats.get("skipped", []) if isinstance(r, pytest.TestReport)]  # no files
+    if count := sum(OUT_OF_TIME in dict(report.user_properties) for report in reports):
         terminalreporter.write_line(f"{count} {OUT_OF_TIME}")

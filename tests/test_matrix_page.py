@@ -155,16 +155,18 @@ def test_of_a_tests_parameter_sets_one_in_n_run_and_of_every_test_at_least_one(t
     assert any("test_few" in name for name in sample) and any("test_one" in name for name in sample)
     others = collected(tests_of_ours, "--one-in", "4", "--others")
     assert sorted(sample + others) == sorted(collected(tests_of_ours))
+    assert tests_of_ours.runpytest_inprocess("--others").ret == pytest.ExitCode.USAGE_ERROR
 
 
 def test_when_time_is_over_no_test_is_begun_and_none_of_them_is_lost(tests_of_ours, monkeypatch):
+    tests_of_ours.makepyfile(test_file="import pytest; pytest.skip('a file', allow_module_level=True)")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     in_time, too_late = (
         tests_of_ours.runpytest_subprocess("-n", "2", "--matrix=a.json", "--until", str(time.time() + more))
         for more in (600, -1)
     )
-    in_time.assert_outcomes(passed=43)
+    in_time.assert_outcomes(passed=43, skipped=1)
     in_time.stdout.no_fnmatch_line("*not run*")
-    too_late.assert_outcomes(skipped=43)
+    too_late.assert_outcomes(skipped=44)
     too_late.stdout.fnmatch_lines("43 not run, as time was over")
     assert json.loads((tests_of_ours.path / "a.json").read_text()) | {"stack": ""} == run(whole=False)
